@@ -1,0 +1,493 @@
+"""The values that flow through the server; every one is frozen, none does I/O.
+
+    dict --parse--> Object --index--> Config --resolve--> Topology --translate--> Snapshot
+                                                  Load --weigh--> Weight --^
+
+Units: seconds (float), tokens, shares 0..1, weights in Envoy's integer `load_balancing_weight`.
+Names follow Gateway API (`HTTPRoute`, `parentRef`), the inference extension (`InferencePool`) and xDS (`endpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+CORE = ""
+DISCOVERY = "discovery.k8s.io"
+GATEWAY = "gateway.networking.k8s.io"
+INFERENCE = "inference.networking.k8s.io"
+INFERENCE_X = "inference.networking.x-k8s.io"
+ENVOY_GATEWAY = "gateway.envoyproxy.io"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectRef:
+    """One Kubernetes object: what a log line, a rejection and a reference name. `namespace` is "" for cluster scope."""
+
+    group: str
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        """`HTTPRoute default/qwen-backend`, or `GatewayClass qwen` for cluster scope."""
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+
+class Level(StrEnum):
+    """How bad a finding is: an ERROR is not served as written (`check` exits 1); a WARNING is served with a default."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why an object, or a part of it, is not served as its author wrote it.
+
+    `reason` is CamelCase as in Gateway API conditions (Invalid, BackendNotFound, RefNotPermitted, ...), `field` a path
+    such as `spec.rules[0].matches[1].path.value` ("" = the whole object), `source` where it was read (`file.yaml:12`).
+    `ref` is None when a document could not be read far enough to know whose it is.
+    """
+
+    ref: ObjectRef | None
+    reason: str
+    message: str
+    field: str = ""
+    source: str = ""
+    level: Level = Level.ERROR
+
+    def __str__(self) -> str:
+        where = f"{self.source}: " if self.source else ""
+        what = f"{self.ref}: " if self.ref else ""
+        path = f"{self.field}: " if self.field else ""
+        return f"{where}{what}{path}{self.message} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What every object carries. `created` is metadata.creationTimestamp (RFC 3339, sorts as text) or ""."""
+
+    ref: ObjectRef
+    created: str = ""
+    generation: int = 0
+    source: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def age_key(self) -> tuple[bool, str, str, str]:
+        """Sort key of Gateway API's conflict rule: oldest first, then `namespace/name`; no timestamp is newest."""
+        return (not self.created, self.created, self.ref.namespace, self.ref.name)
+
+
+# --- Gateway API --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayClass:
+    meta: Meta
+    controller_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedRoutes:
+    """spec.listeners[].allowedRoutes. `namespaces_from` is Same, All, Selector or None; `selector` are matchLabels."""
+
+    namespaces_from: str = "Same"
+    selector: Mapping[str, str] = field(default_factory=dict)
+    kinds: tuple[tuple[str, str], ...] = ()  # (group, kind); empty = every kind the protocol supports
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """`hostname` is "" for any, else lower case, possibly `*.example.com`. Only protocol HTTP is accepted."""
+
+    name: str
+    port: int
+    protocol: str
+    hostname: str = ""
+    allowed: AllowedRoutes = AllowedRoutes()
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    meta: Meta
+    class_name: str
+    listeners: tuple[Listener, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRef:
+    """A route's parent; `section` is a listener's name ("" = all), `port` 0 = all."""
+
+    ref: ObjectRef
+    section: str = ""
+    port: int = 0
+
+
+class MatchType(StrEnum):
+    EXACT = "Exact"
+    PREFIX = "PathPrefix"  # paths only
+    REGEX = "RegularExpression"
+
+
+@dataclass(frozen=True, slots=True)
+class PathMatch:
+    type: MatchType = MatchType.PREFIX
+    value: str = "/"
+
+
+@dataclass(frozen=True, slots=True)
+class ValueMatch:
+    """A header (name lower case) or query parameter match."""
+
+    name: str
+    value: str
+    type: MatchType = MatchType.EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class RouteMatch:
+    """AND of its parts; `method` "" = any. A rule without matches has one RouteMatch() (prefix `/`)."""
+
+    path: PathMatch = PathMatch()
+    headers: tuple[ValueMatch, ...] = ()
+    query: tuple[ValueMatch, ...] = ()
+    method: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderModifier:
+    """HTTPHeaderFilter: (name, value) pairs to set and to add, names to remove."""
+
+    set: tuple[tuple[str, str], ...] = ()
+    add: tuple[tuple[str, str], ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PathModifier:
+    """HTTPPathModifier: `full` True is ReplaceFullPath, False ReplacePrefixMatch."""
+
+    full: bool
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRedirect:
+    scheme: str = ""
+    hostname: str = ""
+    path: PathModifier | None = None
+    port: int = 0
+    status: int = 302
+
+
+@dataclass(frozen=True, slots=True)
+class URLRewrite:
+    hostname: str = ""
+    path: PathModifier | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """The filters of a rule or of one backendRef; each kind at most once, as Gateway API says."""
+
+    request_headers: HeaderModifier | None = None
+    response_headers: HeaderModifier | None = None
+    redirect: RequestRedirect | None = None
+    rewrite: URLRewrite | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRef:
+    """`field` is its path in the route, for messages. `port` 0 = not given (allowed for an InferencePool)."""
+
+    ref: ObjectRef
+    field: str
+    port: int = 0
+    weight: int = 1
+    filters: Filters = Filters()
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRule:
+    """`timeout` and `backend_timeout` in seconds; None = not given, 0 = no timeout (Gateway API GEP-1742)."""
+
+    matches: tuple[RouteMatch, ...] = (RouteMatch(),)
+    filters: Filters = Filters()
+    backends: tuple[BackendRef, ...] = ()
+    timeout: float | None = None
+    backend_timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HTTPRoute:
+    meta: Meta
+    parents: tuple[ParentRef, ...]
+    hostnames: tuple[str, ...]
+    rules: tuple[RouteRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceGrant:
+    """`sources` are (group, kind, namespace), `targets` (group, kind, name or "" for every name)."""
+
+    meta: Meta
+    sources: tuple[tuple[str, str, str], ...]
+    targets: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendTrafficPolicy:
+    """gateway.envoyproxy.io/v1alpha1: its HTTP and TCP timeouts, in seconds; None = not given, 0 = none.
+
+    `targets` are (target, sectionName or ""), the target a Gateway or an HTTPRoute of the policy's own namespace.
+    """
+
+    meta: Meta
+    targets: tuple[tuple[ObjectRef, str], ...]
+    request_timeout: float | None = None
+    stream_idle_timeout: float | None = None
+    connection_idle_timeout: float | None = None
+    connect_timeout: float | None = None
+
+
+# --- core ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """`target` is a number, or the name of a container port."""
+
+    name: str
+    port: int
+    target: int | str
+    app_protocol: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    meta: Meta
+    ports: tuple[ServicePort, ...]
+    selector: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceEndpoint:
+    """One entry of an EndpointSlice; `pod` is its targetRef's name or ""."""
+
+    addresses: tuple[str, ...]
+    ready: bool
+    terminating: bool
+    pod: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSlice:
+    """`service` is the label kubernetes.io/service-name; `ports` maps the port's name ("" allowed) to its number."""
+
+    meta: Meta
+    service: str
+    ports: Mapping[str, int]
+    endpoints: tuple[SliceEndpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """`ready` is the Ready condition (or, with no status.conditions, phase Running); `deleting` a deletionTimestamp."""
+
+    meta: Meta
+    ip: str
+    ready: bool
+    deleting: bool
+    ports: Mapping[str, int]  # named container ports
+
+
+# --- inference extension ------------------------------------------------------------------------------------------
+
+
+class Strategy(StrEnum):
+    """The pool annotation `inference.networking.x-k8s.io/routing-strategy`."""
+
+    DEFAULT = "DEFAULT"
+    PREFIX_CACHE = "PREFIX_CACHE"
+
+
+@dataclass(frozen=True, slots=True)
+class InferencePool:
+    """v1 (inference.networking.k8s.io) and v1alpha2 (.x-k8s.io) alike; `meta.ref.group` tells them apart.
+
+    `extension` is endpointPickerRef's or extensionRef's name, "" when not given.
+    """
+
+    meta: Meta
+    selector: Mapping[str, str]
+    ports: tuple[int, ...]
+    strategy: Strategy = Strategy.DEFAULT
+    http2: bool = False  # appProtocol kubernetes.io/h2c
+    extension: str = ""
+
+
+class Criticality(Enum):
+    CRITICAL = "Critical"
+    STANDARD = "Standard"
+    SHEDDABLE = "Sheddable"
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceModel:
+    """v1alpha2. `targets` are (model name, weight); empty = `model_name` itself."""
+
+    meta: Meta
+    model_name: str
+    criticality: Criticality
+    targets: tuple[tuple[str, int], ...]
+    pool: ObjectRef
+
+
+Object = (
+    GatewayClass
+    | Gateway
+    | HTTPRoute
+    | ReferenceGrant
+    | BackendTrafficPolicy
+    | Service
+    | EndpointSlice
+    | Pod
+    | InferencePool
+    | InferenceModel
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Every accepted object, by kind and in `Meta.age_key` order, and why the others are not here."""
+
+    gateway_classes: tuple[GatewayClass, ...] = ()
+    gateways: tuple[Gateway, ...] = ()
+    http_routes: tuple[HTTPRoute, ...] = ()
+    reference_grants: tuple[ReferenceGrant, ...] = ()
+    traffic_policies: tuple[BackendTrafficPolicy, ...] = ()
+    services: tuple[Service, ...] = ()
+    endpoint_slices: tuple[EndpointSlice, ...] = ()
+    pods: tuple[Pod, ...] = ()
+    pools: tuple[InferencePool, ...] = ()
+    models: tuple[InferenceModel, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+
+
+# --- topology: what Envoy shall do, before it is said in Envoy's words -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """One address:port Envoy may send to.
+
+    `hash_key` is its place on the ring (`namespace/pod`, with `:port` when the pool has several ports): it outlives an
+    IP change. `metrics_url` is "" for an endpoint that is not scraped. `draining` = its pod has a deletionTimestamp.
+    """
+
+    address: str
+    port: int
+    hash_key: str
+    draining: bool = False
+    metrics_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
+
+    `strategy` is None for a Service. `endpoints` are sorted.
+    """
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    strategy: Strategy | None = None
+    http2: bool = False
+    connect_timeout: float | None = None
+    connection_idle_timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500."""
+
+    clusters: tuple[tuple[str, int, Filters], ...]
+    rewrite: URLRewrite | None = None
+    llm: bool = False  # at least one backend is an InferencePool
+    picked: bool = False  # at least one of them is PREFIX_CACHE
+    timeout: float | None = None  # None = the default of its kind, 0 = none
+    backend_timeout: float | None = None
+    idle_timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Respond:
+    """Answer at once with this status."""
+
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`name` is `<namespace>/<HTTPRoute>/<rule>/<match>`, for logs, access logs and `/config_dump`."""
+
+    name: str
+    match: RouteMatch
+    action: Forward | RequestRedirect | Respond
+    filters: Filters = Filters()
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualHost:
+    """`hostname` is "*" or a name or `*.suffix`; routes in order of precedence."""
+
+    hostname: str
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PortListener:
+    """One TCP port of Envoy, whatever number of Gateway listeners share it; virtual hosts sorted by hostname."""
+
+    port: int
+    virtual_hosts: tuple[VirtualHost, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Everything to be served, sorted: equal Configs give equal Topologies."""
+
+    listeners: tuple[PortListener, ...] = ()
+    clusters: tuple[Cluster, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
+
+
+# --- loads and weights ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One reading of one endpoint's /metrics: gauges as they are, counters as read (since the pod's start).
+
+    Sums over the engines of a page where there are several; `kv_usage` is their mean. A field the page does not have
+    is 0, except `kv_usage`, whose absence (either generation's name) makes the page unreadable.
+    """
+
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0  # 0..1
+    kv_tokens: int = 0  # capacity: block_size * num_gpu_blocks
+    start_time: float = 0.0  # process_start_time_seconds, unix seconds
+    prefix_queries: float = 0.0  # tokens
+    prefix_hits: float = 0.0  # tokens
+    prefill_tokens: float = 0.0  # request_prefill_kv_computed_tokens_sum
+    prefill_seconds: float = 0.0  # request_prefill_time_seconds_sum
+    token_count: float = 0.0  # inter_token_latency_seconds_count
+    token_seconds: float = 0.0  # inter_token_latency_seconds_sum
+    preemptions: float = 0.0
+    prompt_tokens: float = 0.0
+    generation_tokens: float = 0.0

@@ -1,0 +1,110 @@
+"""The static bootstrap of an Envoy that takes everything else from the management server.
+
+`bootstrap/envoy.yaml` is `render()` with its defaults, kept in the tree for people (`make golden` writes it, a test
+holds the two equal).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+
+DEFAULT_SERVER = "127.0.0.1:18000"
+DEFAULT_ADMIN = "127.0.0.1:19000"
+DEFAULT_NODE_ID = "envoy"
+DEFAULT_NODE_CLUSTER = "vllm-xds"
+
+_TEMPLATE = """\
+# Envoy's bootstrap: everything but the way to the management server comes from there.
+# Start it with:  envoy -c envoy.yaml --component-log-level ext_proc:error --drain-time-s 3600
+#   ext_proc:error   Envoy logs a warning for each request a dead picker could not see
+#   drain-time-s     a changed or removed listener lets running answers go on for this long
+node:
+  id: {node_id}
+  cluster: {node_cluster}
+
+admin:
+  address:
+    socket_address: {{address: {admin_host}, port_value: {admin_port}}}
+
+dynamic_resources:
+  ads_config:
+    api_type: {api_type}
+    transport_api_version: V3
+    set_node_on_first_message_only: true
+    grpc_services:
+    - envoy_grpc:
+        cluster_name: xds
+        retry_policy:  # back soon after the server is: it holds no traffic, so there is no herd to fear
+          retry_back_off: {{base_interval: 0.2s, max_interval: 2s}}
+  cds_config: {{ads: {{}}, resource_api_version: V3}}
+  lds_config: {{ads: {{}}, resource_api_version: V3}}
+
+static_resources:
+  clusters:
+  - name: xds
+    type: {discovery}
+    connect_timeout: 1s
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config:
+          http2_protocol_options:
+            connection_keepalive: {{interval: 3s, timeout: 2s}}  # or a hung server is never noticed
+    load_assignment:
+      cluster_name: xds
+      endpoints:
+      - lb_endpoints:
+        - endpoint:
+            address:
+              socket_address: {{address: {server_host}, port_value: {server_port}}}
+
+overload_manager:
+  resource_monitors:
+  - name: envoy.resource_monitors.global_downstream_max_connections
+    typed_config:
+      "@type": type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig
+      max_active_downstream_connections: 50000
+"""  # noqa: E501 - a type's name can not be broken
+
+
+def render(
+    server: str = DEFAULT_SERVER,
+    node_id: str = DEFAULT_NODE_ID,
+    node_cluster: str = DEFAULT_NODE_CLUSTER,
+    admin: str = DEFAULT_ADMIN,
+    *,
+    delta: bool = True,
+) -> str:
+    """The bootstrap as YAML. `server` and `admin` are `HOST:PORT` (`[IPv6]:PORT`); a host name is looked up by Envoy.
+
+    Raises ValueError with a sentence for an address that is not one.
+    """
+    server_host, server_port = split_address(server)
+    admin_host, admin_port = split_address(admin)
+    return _TEMPLATE.format(
+        node_id=json.dumps(node_id),
+        node_cluster=json.dumps(node_cluster),
+        admin_host=json.dumps(admin_host),
+        admin_port=admin_port,
+        api_type="DELTA_GRPC" if delta else "GRPC",
+        discovery="STATIC" if _is_ip(server_host) else "STRICT_DNS",
+        server_host=json.dumps(server_host),
+        server_port=server_port,
+    )
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` -> (host without brackets, port 1-65535)."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"expected HOST:PORT with a port from 1 to 65535, found {text!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,218 @@
+"""Which endpoints stand behind a backendRef: pools select pods, Services have EndpointSlices (pure).
+
+A `Backends` answers for one Config. It remembers which clusters were asked for, so that Envoy is given the clusters
+its routes name and no others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from xds.model import (
+    CORE,
+    GATEWAY,
+    INFERENCE,
+    INFERENCE_X,
+    BackendRef,
+    Cluster,
+    Config,
+    Endpoint,
+    EndpointSlice,
+    InferencePool,
+    Level,
+    Pod,
+    Rejection,
+    Service,
+    ServicePort,
+)
+
+POOL_GROUPS = (INFERENCE, INFERENCE_X)
+
+METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
+
+
+def pool_cluster_name(namespace: str, name: str) -> str:
+    """`pool/<namespace>/<name>`: the CDS, EDS and PoolLoad name, and `xds.cluster_name` as the picker sees it."""
+    return f"pool/{namespace}/{name}"
+
+
+def service_cluster_name(namespace: str, name: str, port: int) -> str:
+    """`service/<namespace>/<name>/<port>`."""
+    return f"service/{namespace}/{name}/{port}"
+
+
+class Backends:
+    """Resolves the backendRefs of one Config; `clusters` fills with what was resolved (mutable, one per resolution)."""
+
+    def __init__(self, config: Config) -> None:
+        self.clusters: dict[str, Cluster] = {}
+        self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
+        # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
+        self._pools = {(p.meta.ref.namespace, p.meta.ref.name): p for p in config.pools}
+        self._pools |= {
+            (p.meta.ref.namespace, p.meta.ref.name): p for p in config.pools if p.meta.ref.group == INFERENCE
+        }
+        self._pods: defaultdict[str, list[Pod]] = defaultdict(list)
+        for pod in config.pods:
+            self._pods[pod.meta.ref.namespace].append(pod)
+        self._slices: defaultdict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
+        for piece in config.endpoint_slices:
+            self._slices[piece.meta.ref.namespace, piece.service].append(piece)
+        self._grants = {
+            (source, grant.meta.ref.namespace, target)
+            for grant in config.reference_grants
+            for source in grant.sources
+            for target in grant.targets
+        }
+
+    def resolve(
+        self, backend: BackendRef, route_namespace: str, connect: float | None = None, idle: float | None = None
+    ) -> Cluster | tuple[str, str]:
+        """The cluster of one backendRef, or (reason, message) as the ResolvedRefs condition of HTTPRoute has them.
+
+        `connect` and `idle` are the connection timeouts (seconds) a policy gives the route. A cluster is shared by all
+        routes that name it: the first one's timeouts hold.
+        """
+        ref = backend.ref
+        pods = self._pods[ref.namespace]
+        if ref.namespace != route_namespace and not self._granted(backend, route_namespace):
+            return (
+                "RefNotPermitted",
+                f"no ReferenceGrant in {ref.namespace} lets HTTPRoutes of {route_namespace} use {ref}",
+            )
+        if ref.kind == "InferencePool" and ref.group in POOL_GROUPS:
+            pool = self._pools.get((ref.namespace, ref.name))
+            if pool is None:
+                return "BackendNotFound", f"{ref} does not exist"
+            name = pool_cluster_name(ref.namespace, ref.name)
+            build = partial(pool_cluster, name, pool, pods)
+        elif ref.kind == "Service" and ref.group == CORE:
+            service = self._services.get((ref.namespace, ref.name))
+            if service is None:
+                return "BackendNotFound", f"{ref} does not exist"
+            port = next((p for p in service.ports if p.port == backend.port), None)
+            if port is None:
+                offered = ", ".join(str(p.port) for p in service.ports) or "none"
+                return "BackendNotFound", f"{ref} has no port {backend.port} (its ports: {offered})"
+            name = service_cluster_name(ref.namespace, ref.name, port.port)
+            build = partial(service_cluster, name, service, port, self._slices[ref.namespace, ref.name], pods)
+        else:
+            return "InvalidKind", f"{ref.kind} of group {ref.group!r} is not a Service or an InferencePool"
+        if name not in self.clusters:
+            self.clusters[name] = replace(build(), connect_timeout=connect, connection_idle_timeout=idle)
+        return self.clusters[name]
+
+    def _granted(self, backend: BackendRef, route_namespace: str) -> bool:
+        source = (GATEWAY, "HTTPRoute", route_namespace)
+        ref = backend.ref
+        return any((source, ref.namespace, (ref.group, ref.kind, name)) in self._grants for name in ("", ref.name))
+
+
+def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
+    """Every ready pod of the pool's namespace that its selector matches, once for each target port.
+
+    A pod with a deletionTimestamp is draining at once: it stays Ready=True, but vLLM refuses new work after SIGTERM.
+    """
+    several = len(pool.ports) > 1
+    endpoints = [
+        Endpoint(
+            address=pod.ip,
+            port=port,
+            hash_key=f"{pod.meta.ref.namespace}/{pod.meta.ref.name}" + (f":{port}" if several else ""),
+            draining=pod.deleting,
+            metrics_url=_metrics_url(pod, port, several),
+        )
+        for pod in pods
+        if pod.ready and pod.ip and _selects(pool.selector, pod.meta.labels)
+        for port in pool.ports
+    ]
+    return Cluster(
+        name=name,
+        endpoints=_distinct(endpoints),
+        strategy=pool.strategy,
+        http2=pool.http2,
+    )
+
+
+def service_cluster(
+    name: str, service: Service, port: ServicePort, slices: list[EndpointSlice], pods: list[Pod]
+) -> Cluster:
+    """The ready endpoints of the Service's EndpointSlices.
+
+    Without any slice the Service's own selector picks ready pods, as the EndpointSlice controller would: a directory
+    of YAML has no controller, and a slice can not hold the loopback addresses a trial on one machine uses.
+    """
+    if slices:
+        endpoints = [
+            Endpoint(address, piece.ports[port.name], _slice_key(service, entry.pod, address))
+            for piece in slices
+            if port.name in piece.ports
+            for entry in piece.endpoints
+            if entry.ready and not entry.terminating
+            for address in entry.addresses
+        ]
+    else:
+        endpoints = [
+            Endpoint(pod.ip, number, f"{pod.meta.ref.namespace}/{pod.meta.ref.name}")
+            for pod in pods
+            if pod.ready and pod.ip and not pod.deleting and _selects(service.selector, pod.meta.labels)
+            for number in [port.target if isinstance(port.target, int) else pod.ports.get(port.target, 0)]
+            if number
+        ]
+    return Cluster(
+        name=name,
+        endpoints=_distinct(endpoints),
+        http2=port.app_protocol == "kubernetes.io/h2c",
+    )
+
+
+def unserved_targets(config: Config) -> tuple[Rejection, ...]:
+    """Warnings for InferenceModels that ask for what this version does not do: sending another name to the pod."""
+    return tuple(
+        Rejection(
+            model.meta.ref,
+            "UnsupportedValue",
+            f"model names are passed on unchanged: requests for {model.model_name!r} are not renamed to {target!r}",
+            "spec.targetModels",
+            model.meta.source,
+            Level.WARNING,
+        )
+        for model in config.models
+        for target, _ in model.targets
+        if target != model.model_name
+    )
+
+
+def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Equality of every pair; an empty selector selects nothing, as for a Service without one."""
+    return bool(selector) and all(labels.get(name) == value for name, value in selector.items())
+
+
+def _slice_key(service: Service, pod: str, address: str) -> str:
+    return f"{service.meta.ref.namespace}/{pod}" if pod else address
+
+
+def _metrics_url(pod: Pod, port: int, several: bool) -> str:
+    """Where the pod's page is: the target port serves it, and prometheus.io/path, /port and /scrape may say otherwise.
+
+    With several target ports each is a rank with its own page, so the pod's single annotated port does not apply.
+    """
+    notes = pod.meta.annotations
+    if notes.get("prometheus.io/scrape") == "false":
+        return ""
+    annotated = notes.get("prometheus.io/port", "")
+    number = int(annotated) if annotated.isdecimal() and 0 < int(annotated) < 65536 and not several else port
+    path = notes.get("prometheus.io/path", METRICS_PATH)
+    return f"http://{_host(pod.ip)}:{number}{path if path.startswith('/') else '/' + path}"
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _distinct(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
+    """Sorted, one for each address and port: Envoy refuses an assignment that names a host twice."""
+    return tuple(sorted({(e.address, e.port): e for e in sorted(endpoints, reverse=True)}.values()))

@@ -1,0 +1,212 @@
+"""A backend -> Envoy's cluster, and the picker's own cluster (pure)."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import betterproto2
+from envoy_data_plane.envoy.config.cluster.v3 import (
+    CircuitBreakers,
+    CircuitBreakersThresholds,
+    CircuitBreakersThresholdsRetryBudget,
+    Cluster,
+    ClusterCommonLbConfig,
+    ClusterDiscoveryType,
+    ClusterEdsClusterConfig,
+    LoadBalancingPolicy,
+    LoadBalancingPolicyPolicy,
+    OutlierDetection,
+    UpstreamConnectionOptions,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    Address,
+    HealthCheck,
+    HealthCheckGrpcHealthCheck,
+    HealthCheckHttpHealthCheck,
+    Http1ProtocolOptions,
+    Http2ProtocolOptions,
+    HttpProtocolOptions,
+    Pipe,
+    SocketAddress,
+    TcpKeepalive,
+)
+from envoy_data_plane.envoy.config.endpoint.v3 import (
+    ClusterLoadAssignment,
+    Endpoint,
+    LbEndpoint,
+    LocalityLbEndpoints,
+)
+from envoy_data_plane.envoy.extensions.load_balancing_policies.common.v3 import ConsistentHashingLbConfig
+from envoy_data_plane.envoy.extensions.load_balancing_policies.least_request.v3 import (
+    LeastRequest,
+    LeastRequestSelectionMethod,
+)
+from envoy_data_plane.envoy.extensions.load_balancing_policies.ring_hash.v3 import RingHash
+from envoy_data_plane.envoy.extensions.load_balancing_policies.round_robin.v3 import RoundRobin
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions as UpstreamHttpProtocolOptions
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
+from envoy_data_plane.google.protobuf import Any
+
+from xds import model
+from xds.envoy import (
+    PICKER_CLUSTER,
+    Options,
+    ads,
+    percent,
+    seconds,
+    typed,
+)
+from xds.model import Strategy
+
+RING_SIZE = 1024  # points: an addressed pick needs one a pod; more only evens out requests without a key
+HASH_BALANCE_FACTOR = (
+    300  # percent of a pod's fair share of active requests: the net under a wrong pick, not the balancer
+)
+BREAKER = 100_000  # connections, requests: Envoy's 1,024 would queue long answers behind each other
+CONNECT_TIMEOUT = 1.0  # seconds, to a pod in the same network
+UVICORN_IDLE = 4.0  # seconds: uvicorn closes an idle connection after 5, and a request sent just then is lost
+HEALTH_INTERVAL = 2.0  # seconds between GETs of /health: a dead engine answers 503 there at once
+HEALTH_TIMEOUT = 1.0  # seconds
+
+
+def cluster(source: model.Cluster) -> Cluster:
+    """An EDS cluster. A Service is plain round robin, the honest baseline; a pool is made for long, uneven requests."""
+    common = Cluster(
+        name=source.name,
+        type=ClusterDiscoveryType.EDS,
+        eds_cluster_config=ClusterEdsClusterConfig(eds_config=ads()),
+        connect_timeout=seconds(CONNECT_TIMEOUT if source.connect_timeout is None else source.connect_timeout),
+        circuit_breakers=_breakers(BREAKER),
+        typed_extension_protocol_options=_http(
+            http2=source.http2,
+            idle=UVICORN_IDLE if source.connection_idle_timeout is None else source.connection_idle_timeout,
+        ),
+    )
+    if source.strategy is None:
+        common.load_balancing_policy = _policy("round_robin", RoundRobin())
+        return common
+    if source.strategy is Strategy.PREFIX_CACHE:
+        common.load_balancing_policy = _policy(
+            "ring_hash",
+            RingHash(
+                minimum_ring_size=RING_SIZE,
+                consistent_hashing_lb_config=ConsistentHashingLbConfig(hash_balance_factor=HASH_BALANCE_FACTOR),
+            ),
+        )
+    else:
+        full_scan = LeastRequest(selection_method=LeastRequestSelectionMethod.FULL_SCAN)
+        common.load_balancing_policy = _policy("least_request", full_scan)
+    common.health_checks = [
+        HealthCheck(
+            interval=seconds(HEALTH_INTERVAL),
+            no_traffic_interval=seconds(HEALTH_INTERVAL),
+            timeout=seconds(HEALTH_TIMEOUT),
+            unhealthy_threshold=2,
+            healthy_threshold=1,
+            http_health_check=HealthCheckHttpHealthCheck(path="/health"),
+        )
+    ]
+    # Without this an endpoint that left EDS keeps its traffic for as long as its health checks pass.
+    common.ignore_health_on_host_removal = True
+    common.outlier_detection = OutlierDetection(
+        consecutive_5xx=5,
+        consecutive_gateway_failure=3,
+        enforcing_consecutive_gateway_failure=100,
+        interval=seconds(2),
+        base_ejection_time=seconds(10),
+        max_ejection_percent=50,  # Envoy's 10 would never eject one pod of four
+    )
+    common.common_lb_config = ClusterCommonLbConfig(healthy_panic_threshold=percent(20))
+    common.upstream_connection_options = UpstreamConnectionOptions(
+        tcp_keepalive=TcpKeepalive(keepalive_time=30, keepalive_interval=10, keepalive_probes=3)
+    )
+    return common
+
+
+def picker_cluster(options: Options) -> Cluster:
+    """The picker, so bounded that its death or hang costs a request at most `picker_timeout`, and soon nothing.
+
+    A hang is found by the gRPC health check alone: ext_proc's message timeouts do not count for outlier detection.
+    """
+    return Cluster(
+        name=PICKER_CLUSTER,
+        type=ClusterDiscoveryType.STATIC if all(map(_is_static, options.pickers)) else ClusterDiscoveryType.STRICT_DNS,
+        connect_timeout=seconds(0.25),
+        load_balancing_policy=_policy("round_robin", RoundRobin()),
+        circuit_breakers=_breakers(256),  # requests that may wait on a hung picker; further ones go on unpicked at once
+        common_lb_config=ClusterCommonLbConfig(healthy_panic_threshold=percent(0)),
+        health_checks=[
+            HealthCheck(
+                interval=seconds(1),
+                no_traffic_interval=seconds(1),
+                timeout=seconds(0.3),
+                unhealthy_threshold=1,
+                healthy_threshold=1,
+                grpc_health_check=HealthCheckGrpcHealthCheck(),
+            )
+        ],
+        outlier_detection=OutlierDetection(
+            consecutive_gateway_failure=3,
+            enforcing_consecutive_gateway_failure=100,
+            interval=seconds(1),
+            base_ejection_time=seconds(1),
+            max_ejection_percent=100,
+        ),
+        typed_extension_protocol_options=_http(http2=True),
+        load_assignment=ClusterLoadAssignment(
+            cluster_name=PICKER_CLUSTER,
+            endpoints=[
+                LocalityLbEndpoints(
+                    lb_endpoints=[LbEndpoint(endpoint=Endpoint(address=_address(a))) for a in options.pickers]
+                )
+            ],
+        ),
+    )
+
+
+def _address(text: str) -> Address:
+    if text.startswith("unix:"):
+        return Address(pipe=Pipe(path=text.removeprefix("unix:")))
+    host, _, port = text.rpartition(":")
+    return Address(socket_address=SocketAddress(address=host.strip("[]"), port_value=int(port)))
+
+
+def _is_static(text: str) -> bool:
+    if text.startswith("unix:"):
+        return True
+    try:
+        ipaddress.ip_address(text.rpartition(":")[0].strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _breakers(limit: int) -> CircuitBreakers:
+    budget = CircuitBreakersThresholdsRetryBudget(budget_percent=percent(20), min_retry_concurrency=20)
+    return CircuitBreakers(
+        thresholds=[
+            CircuitBreakersThresholds(
+                max_connections=limit,
+                max_pending_requests=limit,
+                max_requests=limit,
+                retry_budget=budget,  # Envoy's default of 3 retries at a time refuses 57 of 60
+            )
+        ]
+    )
+
+
+def _http(*, http2: bool, idle: float = 0.0) -> dict[str, Any]:
+    explicit = HttpProtocolOptionsExplicitHttpConfig(
+        http_protocol_options=None if http2 else Http1ProtocolOptions(),
+        http2_protocol_options=Http2ProtocolOptions() if http2 else None,
+    )
+    options = UpstreamHttpProtocolOptions(
+        explicit_http_config=explicit,
+        common_http_protocol_options=HttpProtocolOptions(idle_timeout=seconds(idle)) if idle else None,
+    )
+    return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": Any.pack(options)}
+
+
+def _policy(name: str, config: betterproto2.Message) -> LoadBalancingPolicy:
+    extension = typed(f"envoy.load_balancing_policies.{name}", config)
+    return LoadBalancingPolicy(policies=[LoadBalancingPolicyPolicy(typed_extension_config=extension)])

@@ -1,0 +1,57 @@
+"""What every Envoy resource of ours says alike: the operator's options, the names, and a few words of Envoy's API."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+
+import betterproto2
+from envoy_data_plane.envoy.config.core.v3 import AggregatedConfigSource, ApiVersion, ConfigSource, TypedExtensionConfig
+from envoy_data_plane.envoy.type.v3 import Percent
+from envoy_data_plane.google.protobuf import Any
+
+PICK_HEADER = "x-vllm-pick"
+OWN_HEADERS = "x-vllm-"  # prefix of every header that is ours alone
+MODEL_HEADER = "x-gateway-model-name"  # what body-based routing of the inference extension calls the body's model
+MODEL_NAMESPACE, MODEL_KEY = "llm", "model"  # dynamic metadata json_to_metadata writes
+PICKER_NAMESPACE, PICKER_KEY = "picker", "key"  # dynamic metadata the picker answers with
+PICKER_CLUSTER = "vllm-xds/picker"
+JSON_TO_METADATA = "envoy.filters.http.json_to_metadata"
+EXT_PROC = "envoy.filters.http.ext_proc"
+BUFFER = "envoy.filters.http.buffer"
+HEADER_MUTATION = "envoy.filters.http.header_mutation"
+BODY_LIMIT = 32 * 1024 * 1024  # bytes of a request body: 8 M tokens of text, or some images; above it the answer is 413
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the operator says about the Envoys, beside the objects.
+
+    `bind` is the address listeners bind. `pickers` are ext_proc addresses as Envoy reaches them: `host:port` or
+    `unix:/path`. `picker_timeout` in seconds: what a hung picker may cost a request before it goes on unpicked.
+    """
+
+    bind: str = "0.0.0.0"  # noqa: S104 - a gateway listens for everybody
+    pickers: tuple[str, ...] = ("127.0.0.1:18001",)
+    picker_timeout: float = 0.2
+
+
+def listener_name(port: int) -> str:
+    """`http-<port>`: the LDS name, the RDS name and the stat prefix of one port."""
+    return f"http-{port}"
+
+
+def ads() -> ConfigSource:
+    return ConfigSource(ads=AggregatedConfigSource(), resource_api_version=ApiVersion.V3)
+
+
+def seconds(value: float) -> dt.timedelta:
+    return dt.timedelta(seconds=value)
+
+
+def typed(name: str, message: betterproto2.Message) -> TypedExtensionConfig:
+    return TypedExtensionConfig(name=name, typed_config=Any.pack(message))
+
+
+def percent(value: float) -> Percent:
+    return Percent(value=value)

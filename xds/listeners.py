@@ -1,0 +1,175 @@
+"""A port -> Envoy's listener (pure).
+
+Every HTTP listener has the same filters whatever its routes are, switched off until a route switches them on: a change
+of a listener drains it and cuts running streams, a change of a route does not. In order of work:
+
+    early_header_mutation  drop x-vllm-* headers a client sent, before anything can read them
+    json_to_metadata       `model` of the body -> metadata, and route again (only where routes match on the model)
+    ext_proc               the body, complete, to the picker; its answer is dynamic metadata `picker:key`
+    buffer                 hold the headers until the body is complete and the picker has answered
+    header_mutation        metadata -> x-vllm-pick (the hash policy's header) and X-Gateway-Model-Name
+    router
+
+ext_proc comes after json_to_metadata, so the picker is told the cluster the request will really go to, and before the
+filter that holds the headers: answers to a body arrive too late for every other arrangement with one message each way.
+"""
+
+from __future__ import annotations
+
+from envoy_data_plane.envoy.config.common.mutation_rules.v3 import (
+    HeaderMutation,
+    HeaderMutationRemoveOnMatch,
+    HeaderMutationRules,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    Address,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+    SocketAddress,
+)
+from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener
+from envoy_data_plane.envoy.extensions.filters.http.buffer.v3 import Buffer
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ExternalProcessor,
+    MetadataOptions,
+    MetadataOptionsMetadataNamespaces,
+    ProcessingMode,
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
+from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import HeaderMutation as HeaderMutationFilter
+from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import Mutations
+from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
+    JsonToMetadata,
+    JsonToMetadataKeyValuePair,
+    JsonToMetadataMatchRules,
+    JsonToMetadataRule,
+    JsonToMetadataSelector,
+)
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpConnectionManagerPathWithEscapedSlashesAction,
+    HttpFilter,
+    Rds,
+)
+from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
+    HeaderMutation as EarlyHeaderMutation,
+)
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
+from envoy_data_plane.google.protobuf import Any
+
+from xds.envoy import (
+    BODY_LIMIT,
+    BUFFER,
+    EXT_PROC,
+    HEADER_MUTATION,
+    JSON_TO_METADATA,
+    MODEL_HEADER,
+    MODEL_KEY,
+    MODEL_NAMESPACE,
+    OWN_HEADERS,
+    PICK_HEADER,
+    PICKER_CLUSTER,
+    PICKER_KEY,
+    PICKER_NAMESPACE,
+    Options,
+    ads,
+    listener_name,
+    seconds,
+    typed,
+)
+
+
+def listener(port: int, options: Options) -> Listener:
+    """The listener of one port; it depends on nothing else, so that routes come and go without draining it."""
+    name = listener_name(port)
+    manager = HttpConnectionManager(
+        stat_prefix=name,
+        rds=Rds(config_source=ads(), route_config_name=name),
+        http_filters=_filters(options),
+        early_header_mutation_extensions=[
+            typed(
+                "envoy.http.early_header_mutation.header_mutation",
+                EarlyHeaderMutation(
+                    mutations=[
+                        HeaderMutation(
+                            remove_on_match=HeaderMutationRemoveOnMatch(
+                                key_matcher=StringMatcher(prefix=OWN_HEADERS, ignore_case=True)
+                            )
+                        )
+                    ]
+                ),
+            )
+        ],
+        # Envoy's advice for an edge: https://www.envoyproxy.io/docs/envoy/v1.40.0/configuration/best_practices/edge
+        use_remote_address=True,
+        normalize_path=True,
+        merge_slashes=True,
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_REDIRECT,
+        request_headers_timeout=seconds(10),
+    )
+    return Listener(
+        name=name,
+        address=Address(socket_address=SocketAddress(address=options.bind, port_value=port)),
+        filter_chains=[
+            FilterChain(
+                filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
+            )
+        ],
+    )
+
+
+def _filters(options: Options) -> list[HttpFilter]:
+    model_rule = JsonToMetadataRule(
+        selectors=[JsonToMetadataSelector(key="model")],
+        on_present=JsonToMetadataKeyValuePair(metadata_namespace=MODEL_NAMESPACE, key=MODEL_KEY),
+    )
+    off = ProcessingModeHeaderSendMode.SKIP
+    picker = ExternalProcessor(
+        grpc_service=GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=PICKER_CLUSTER)),
+        failure_mode_allow=True,
+        message_timeout=seconds(options.picker_timeout),
+        processing_mode=ProcessingMode(
+            request_header_mode=off,
+            response_header_mode=off,
+            request_body_mode=ProcessingModeBodySendMode.BUFFERED,
+            request_trailer_mode=off,
+            response_trailer_mode=off,
+        ),
+        allow_content_length_header=True,  # the body is never changed: keep its length, do not fall to chunks
+        disable_immediate_response=True,  # the picker advises; it can not refuse a request
+        mutation_rules=HeaderMutationRules(disallow_all=True),
+        metadata_options=MetadataOptions(
+            receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[PICKER_NAMESPACE])
+        ),
+        request_attributes=["xds.cluster_name"],
+    )
+    headers = HeaderMutationFilter(
+        mutations=Mutations(
+            request_mutations=[
+                _from_metadata(PICK_HEADER, PICKER_NAMESPACE, PICKER_KEY),
+                _from_metadata(MODEL_HEADER, MODEL_NAMESPACE, MODEL_KEY),
+            ]
+        )
+    )
+    switched = [
+        (JSON_TO_METADATA, JsonToMetadata(request_rules=JsonToMetadataMatchRules(rules=[model_rule]))),
+        (EXT_PROC, picker),
+        (BUFFER, Buffer(max_request_bytes=BODY_LIMIT)),
+        (HEADER_MUTATION, headers),
+    ]
+    return [
+        *(HttpFilter(name=name, typed_config=Any.pack(config), disabled=True) for name, config in switched),
+        HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router())),
+    ]
+
+
+def _from_metadata(header: str, namespace: str, key: str) -> HeaderMutation:
+    """A missing value adds no header: requests without a key must not all hash alike."""
+    value = HeaderValue(key=header, value=f"%DYNAMIC_METADATA({namespace}:{key})%")
+    action = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+    return HeaderMutation(append=HeaderValueOption(header=value, append_action=action))

@@ -1,0 +1,29 @@
+"""A pool's endpoints and their last readings -> PoolLoad bytes (pure): what the picker learns (xds/wire/load.proto)."""
+
+from __future__ import annotations
+
+from xds.model import Cluster
+from xds.weights import Member, Pool
+from xds.wire import load_pb2 as pb
+
+
+def pool_load(cluster: Cluster, pool: Pool, now: float, report: int) -> bytes:
+    """The encoded PoolLoad of `cluster` as of `now`; `report` numbers the reports, so that each one is a new version."""
+    message = pb.PoolLoad(name=cluster.name, round=report)
+    for endpoint in sorted(cluster.endpoints, key=lambda e: e.hash_key):
+        if not endpoint.draining:
+            entry = message.endpoints.add(
+                hash_key=endpoint.hash_key, address=f"{endpoint.address}:{endpoint.port}", age=-1.0
+            )
+            _fill(entry, pool.members.get(endpoint.hash_key), now)
+    return message.SerializeToString(deterministic=True)
+
+
+def _fill(entry: pb.EndpointLoad, member: Member | None, now: float) -> None:
+    if member is None or member.load is None:
+        return
+    load = member.load
+    entry.age = max(0.0, now - member.read_at)
+    entry.running, entry.waiting = load.running, load.waiting
+    entry.kv_usage, entry.kv_tokens = load.kv_usage, load.kv_tokens
+    entry.prefill_rate, entry.start_time = member.prefill_rate, load.start_time

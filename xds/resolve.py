@@ -1,0 +1,317 @@
+"""Config -> Topology: Gateway API's rules of attachment, precedence and failure (pure).
+
+    Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname)
+    HTTPRoutes -> attach to listeners        (sectionName, port, allowedRoutes, hostname intersection)
+    matches   -> order within a virtual host (Gateway API precedence)
+    backends  -> clusters and their endpoints (xds/backends.py)
+
+What can not be served as written becomes a Rejection and, where the API says so, an answer: 500 for an invalid
+backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#httproute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from xds.backends import Backends, unserved_targets
+from xds.model import (
+    BackendTrafficPolicy,
+    Cluster,
+    Config,
+    Filters,
+    Forward,
+    Gateway,
+    HTTPRoute,
+    Level,
+    Listener,
+    MatchType,
+    ObjectRef,
+    ParentRef,
+    PortListener,
+    Rejection,
+    RequestRedirect,
+    Respond,
+    Route,
+    RouteMatch,
+    RouteRule,
+    Strategy,
+    Topology,
+    VirtualHost,
+)
+
+# Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
+CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
+
+ANY_HOST = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """One rule of one route on one listener, under one hostname."""
+
+    hostname: str
+    listener: Listener
+    gateway: Gateway
+    route: HTTPRoute
+    rule: RouteRule
+    index: int
+
+
+def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
+    """What Envoy shall do for this Config, with every reason why a part of it is not done."""
+    rejections = list(unserved_targets(config))
+    gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
+    listeners = list(_distinct_listeners(gateways, rejections))
+    backends = Backends(config)
+
+    by_port: dict[int, list[_Attached]] = {listener.port: [] for _, listener in listeners}  # no route: it answers 404
+    for route in config.http_routes:
+        for attached in _attach(route, listeners, config, rejections):
+            by_port[attached.listener.port].append(attached)
+
+    actions = _Actions(config, backends, rejections)
+    ports = tuple(
+        PortListener(port, tuple(_virtual_hosts(attached, actions))) for port, attached in sorted(by_port.items())
+    )
+    clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
+    return Topology(ports, clusters, tuple(dict.fromkeys(rejections)))
+
+
+# --- gateways and listeners -------------------------------------------------------------------------------------------
+
+
+def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:
+    classes = {c.meta.ref.name: c.controller_name for c in config.gateway_classes}
+    for gateway in config.gateways:
+        controller = classes.get(gateway.class_name)
+        if controller in controllers:
+            yield gateway
+        elif controller is None:
+            message = f"GatewayClass {gateway.class_name} does not exist"
+            rejections.append(_about(gateway, "GatewayClassNotFound", message, "spec.gatewayClassName"))
+        else:
+            message = f"GatewayClass {gateway.class_name} belongs to the controller {controller}: left to it"
+            rejections.append(_about(gateway, "OtherController", message, "spec.gatewayClassName", Level.WARNING))
+
+
+def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) -> Iterator[tuple[Gateway, Listener]]:
+    """Listeners in order of age; one that repeats an older one's port and hostname is left out (HostnameConflict)."""
+    taken: dict[tuple[int, str], str] = {}
+    for gateway in gateways:
+        for i, listener in enumerate(gateway.listeners):
+            name = f"{gateway.meta.ref} listener {listener.name}"
+            owner = taken.setdefault((listener.port, listener.hostname), name)
+            if owner == name:
+                yield gateway, listener
+            else:
+                host = listener.hostname or "any hostname"
+                message = f"port {listener.port} for {host} is served by {owner} already"
+                rejections.append(_about(gateway, "HostnameConflict", message, f"spec.listeners[{i}]"))
+
+
+# --- routes to listeners ----------------------------------------------------------------------------------------------
+
+
+def _attach(
+    route: HTTPRoute, listeners: list[tuple[Gateway, Listener]], config: Config, rejections: list[Rejection]
+) -> Iterator[_Attached]:
+    known = {g.meta.ref for g in config.gateways}
+    ours = {g.meta.ref for g, _ in listeners}
+    for i, parent in enumerate(route.parents):
+        where = f"spec.parentRefs[{i}]"
+        if parent.ref.kind != "Gateway" or (parent.ref in known and parent.ref not in ours):
+            continue  # another controller's, or rejected as a Gateway already
+        if parent.ref not in known:
+            rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
+            continue
+        named = [pair for pair in listeners if pair[0].meta.ref == parent.ref and _named(parent, pair[1])]
+        allowed = [pair for pair in named if _allows(pair[0], pair[1], route)]
+        reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
+        if not named:
+            section = f" listener {parent.section}" if parent.section else ""
+            port = f" port {parent.port}" if parent.port else ""
+            rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} has no{section}{port}", where))
+        elif not allowed:
+            message = f"allowedRoutes of {parent.ref} admit no HTTPRoute of namespace {route.meta.ref.namespace}"
+            rejections.append(_about(route, "NotAllowedByListeners", message, where))
+        elif not reached:
+            message = f"no hostname of the route ({', '.join(route.hostnames)}) is one of {parent.ref}'s listeners"
+            rejections.append(_about(route, "NoMatchingListenerHostname", message, "spec.hostnames"))
+        port_listeners = [listener for _, listener in listeners]
+        for (gateway, listener), host in reached:
+            # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
+            if _most_specific(port_listeners, listener.port, host) is listener:
+                for index, rule in enumerate(route.rules):
+                    yield _Attached(host, listener, gateway, route, rule, index)
+
+
+def _named(parent: ParentRef, listener: Listener) -> bool:
+    return parent.section in ("", listener.name) and parent.port in (0, listener.port)
+
+
+def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
+    allowed = listener.allowed
+    kind = (route.meta.ref.group, route.meta.ref.kind)
+    if allowed.kinds and kind not in allowed.kinds:
+        return False
+    namespace = route.meta.ref.namespace
+    match allowed.namespaces_from:
+        case "All":
+            return True
+        case "Same":
+            return namespace == gateway.meta.ref.namespace
+        case "Selector":  # every namespace carries this label; others need the Namespace objects
+            return allowed.selector == {"kubernetes.io/metadata.name": namespace}
+        case _:
+            return False
+
+
+def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
+    """The intersection of the listener's hostname with the route's, each as specific as both."""
+    if not route.hostnames:
+        yield listener.hostname or ANY_HOST
+    for hostname in route.hostnames:
+        if not listener.hostname or _covers(listener.hostname, hostname):
+            yield hostname
+        elif _covers(hostname, listener.hostname):
+            yield listener.hostname
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    """Whether every name `narrow` stands for is one of `wide`'s: equal, or under `*.suffix`, or `*`."""
+    if wide in (narrow, ANY_HOST):
+        return True
+    return (
+        wide.startswith("*.")
+        and narrow != ANY_HOST
+        and narrow.removeprefix("*").endswith(wide[1:])
+        and narrow != wide[2:]
+    )
+
+
+def _specificity(hostname: str) -> tuple[bool, int]:
+    """Exact before wildcard, then the longer."""
+    return (not hostname.startswith("*"), len(hostname))
+
+
+def _most_specific(listeners: list[Listener], port: int, hostname: str) -> Listener:
+    covering = [li for li in listeners if li.port == port and _covers(li.hostname or ANY_HOST, hostname)]
+    return max(covering, key=lambda li: _specificity(li.hostname or ANY_HOST))
+
+
+# --- virtual hosts and precedence -------------------------------------------------------------------------------------
+
+
+def _virtual_hosts(attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
+    """One for each hostname; it also holds the rules of every wider hostname of its listener, after its own.
+
+    Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
+    matches go on to the less specific one.
+    """
+    for hostname in sorted({a.hostname for a in attached}):
+        owner = next(a.listener for a in attached if a.hostname == hostname)
+        candidates = [
+            (_specificity(a.hostname), a, match, j)
+            for a in attached
+            if a.listener is owner and _covers(a.hostname, hostname)
+            for j, match in enumerate(a.rule.matches)
+        ]
+        candidates.sort(key=lambda c: _precedence(*c))
+        routes = [
+            Route(
+                name=f"{a.route.meta.ref.namespace}/{a.route.meta.ref.name}/{a.index}/{j}",
+                match=match,
+                action=actions.of(a),
+                filters=a.rule.filters,
+            )
+            for _, a, match, j in candidates
+        ]
+        yield VirtualHost(hostname, tuple(dict.fromkeys(routes)))
+
+
+def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
+    """Gateway API's order (HTTPRouteRule.matches): hostname, then exact path, longer prefix, method, headers, query.
+
+    A regular expression, whose place the API leaves open, comes between exact and prefix. Ties: the older route,
+    then its name, then the order within it.
+    """
+    kinds = {MatchType.EXACT: 0, MatchType.REGEX: 1, MatchType.PREFIX: 2}
+    return (
+        (not host[0], -host[1]),
+        kinds[match.path.type],
+        -len(match.path.value),
+        not match.method,
+        -len(match.headers),
+        -len(match.query),
+        attached.route.meta.age_key,
+        attached.index,
+        index,
+    )
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+class _Actions:
+    """What a rule does with a request; each rule is decided once for each listener it is attached to."""
+
+    def __init__(self, config: Config, backends: Backends, rejections: list[Rejection]) -> None:
+        self._backends = backends
+        self._rejections = rejections
+        self._policies: dict[tuple[ObjectRef, str], BackendTrafficPolicy] = {}
+        for policy in config.traffic_policies:  # oldest first, and the oldest wins
+            for target in policy.targets:
+                self._policies.setdefault(target, policy)
+        self._decided: dict[tuple[ObjectRef, int, ObjectRef, str], Forward | RequestRedirect | Respond] = {}
+
+    def of(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+        key = (attached.route.meta.ref, attached.index, attached.gateway.meta.ref, attached.listener.name)
+        if key not in self._decided:
+            self._decided[key] = self._decide(attached)
+        return self._decided[key]
+
+    def _decide(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+        rule = attached.rule
+        if rule.filters.redirect is not None:
+            return rule.filters.redirect
+        gateway = attached.gateway.meta.ref
+        targets = ((attached.route.meta.ref, ""), (gateway, attached.listener.name), (gateway, ""))
+        policies = [self._policies[target] for target in targets if target in self._policies]
+        shares = list(self._shares(attached, policies))
+        clusters = [self._backends.clusters[name] for name, _, _ in shares if name]
+        if not clusters:
+            return Respond(500)
+        timeouts = (rule.timeout, *(policy.request_timeout for policy in policies))
+        return Forward(
+            clusters=tuple(shares),
+            rewrite=rule.filters.rewrite,
+            llm=any(cluster.strategy is not None for cluster in clusters),
+            picked=any(cluster.strategy is Strategy.PREFIX_CACHE for cluster in clusters),
+            timeout=_first(timeouts),
+            backend_timeout=rule.backend_timeout,
+            idle_timeout=_first(policy.stream_idle_timeout for policy in policies),
+        )
+
+    def _shares(self, attached: _Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
+        """(cluster name or "" for an invalid reference, weight above 0, filters) of each backendRef."""
+        connect = _first(policy.connect_timeout for policy in policies)
+        idle = _first(policy.connection_idle_timeout for policy in policies)
+        for backend in attached.rule.backends:
+            if not backend.weight:
+                continue
+            found = self._backends.resolve(backend, attached.route.meta.ref.namespace, connect, idle)
+            if isinstance(found, Cluster):
+                yield found.name, backend.weight, backend.filters
+            else:
+                reason, message = found
+                self._rejections.append(_about(attached.route, reason, message, backend.field))
+                yield "", backend.weight, backend.filters
+
+
+def _first(values: Iterable[float | None]) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _about(owner: Gateway | HTTPRoute, reason: str, message: str, field: str, level: Level = Level.ERROR) -> Rejection:
+    return Rejection(owner.meta.ref, reason, message, field, owner.meta.source, level)

@@ -1,0 +1,290 @@
+"""The virtual hosts of a port -> Envoy's RouteConfiguration (pure).
+
+A route to a PREFIX_CACHE pool switches the picker's filters on (see xds/listeners.py); all other routes pass them by.
+Where a virtual host matches on the body's model (header X-Gateway-Model-Name), the body has to be read before the route
+is known, so all its routes share the filters and those not to be picked opt out of the picker alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from envoy_data_plane.envoy.config.core.v3 import (
+    DataSource,
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+)
+from envoy_data_plane.envoy.config.route.v3 import (
+    DirectResponseAction,
+    FilterConfig,
+    HeaderMatcher,
+    QueryParameterMatcher,
+    RedirectAction,
+    RedirectActionRedirectResponseCode,
+    RetryPolicy,
+    RetryPolicyRetryBackOff,
+    RetryPolicyRetryHostPredicate,
+    Route,
+    RouteAction,
+    RouteActionClusterNotFoundResponseCode,
+    RouteActionHashPolicy,
+    RouteActionHashPolicyHeader,
+    RouteConfiguration,
+    RouteMatch,
+    VirtualHost,
+    WeightedCluster,
+    WeightedClusterClusterWeight,
+)
+from envoy_data_plane.envoy.extensions.filters.http.buffer.v3 import BufferPerRoute
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
+from envoy_data_plane.envoy.type.matcher.v3 import (
+    MetadataMatcher,
+    MetadataMatcherPathSegment,
+    RegexMatchAndSubstitute,
+    RegexMatcher,
+    StringMatcher,
+    ValueMatcher,
+)
+from envoy_data_plane.google.protobuf import Any
+
+from xds import model
+from xds.envoy import (
+    BODY_LIMIT,
+    BUFFER,
+    EXT_PROC,
+    HEADER_MUTATION,
+    JSON_TO_METADATA,
+    MODEL_HEADER,
+    MODEL_KEY,
+    MODEL_NAMESPACE,
+    PICK_HEADER,
+    listener_name,
+    seconds,
+)
+from xds.model import Filters, Forward, MatchType, PathModifier, RequestRedirect, Respond, ValueMatch
+
+INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its share of the requests is answered with 500
+LLM_IDLE_TIMEOUT = (
+    600.0  # seconds without a byte: longer than a full queue and a long prefill, the silent part of an answer
+)
+RETRY_ON = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"  # never after a first byte
+RETRIES = 2  # further attempts, each at another pod
+
+_ADD = HeaderValueOptionHeaderAppendAction.APPEND_IF_EXISTS_OR_ADD
+_SET = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+_STATUS = {
+    301: RedirectActionRedirectResponseCode.MOVED_PERMANENTLY,
+    302: RedirectActionRedirectResponseCode.FOUND,
+    303: RedirectActionRedirectResponseCode.SEE_OTHER,
+    307: RedirectActionRedirectResponseCode.TEMPORARY_REDIRECT,
+    308: RedirectActionRedirectResponseCode.PERMANENT_REDIRECT,
+}
+_WELL_KNOWN = {"http": 80, "https": 443}
+
+
+def route_configuration(source: model.PortListener) -> RouteConfiguration:
+    """The RDS resource of one port; hostnames match whatever port the client wrote behind them."""
+    return RouteConfiguration(
+        name=listener_name(source.port),
+        virtual_hosts=[_virtual_host(host) for host in source.virtual_hosts],
+        ignore_port_in_host_matching=True,
+    )
+
+
+def _virtual_host(source: model.VirtualHost) -> VirtualHost:
+    by_model = any(header.name == MODEL_HEADER for route in source.routes for header in route.match.headers)
+    host = VirtualHost(
+        name=source.hostname,
+        domains=[source.hostname],
+        routes=[_route(route, by_model=by_model) for route in source.routes],
+    )
+    if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
+        host.request_body_buffer_limit = BODY_LIMIT
+    if by_model:
+        host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
+        # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
+        host.routes.append(
+            Route(
+                name="no-match",
+                match=RouteMatch(prefix="/"),
+                direct_response=DirectResponseAction(status=404),
+            )
+        )
+    return host
+
+
+def _switched_on(*filters: str) -> dict[str, Any]:
+    return {name: Any.pack(FilterConfig(config=Any())) for name in filters}
+
+
+def _route(source: model.Route, *, by_model: bool) -> Route:
+    route = Route(name=source.name, match=_match(source.match))
+    _modify_headers(route, source.filters)
+    match source.action:
+        case RequestRedirect() as redirect:
+            route.redirect = _redirect(redirect, source.match)
+        case Respond(status=status):
+            text = f"no valid backend behind route {source.name}\n" if status == 500 else ""
+            body = DataSource(inline_string=text) if text else None
+            route.direct_response = DirectResponseAction(status=status, body=body)
+        case Forward() as forward:
+            route.route = _forward(forward, source.match)
+            if forward.picked and not by_model:
+                route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
+            elif by_model and not forward.picked:
+                route.typed_per_filter_config = {
+                    EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
+                    BUFFER: Any.pack(BufferPerRoute(disabled=True)),
+                }
+    return route
+
+
+# --- matches ----------------------------------------------------------------------------------------------------------
+
+
+def _match(source: model.RouteMatch) -> RouteMatch:
+    match = RouteMatch()
+    path = source.path
+    if path.type is MatchType.EXACT:
+        match.path = path.value
+    elif path.type is MatchType.REGEX:
+        match.safe_regex = RegexMatcher(regex=path.value)
+    elif _prefix(path.value):
+        match.path_separated_prefix = _prefix(path.value)
+    else:
+        match.prefix = "/"
+    if source.method:
+        match.headers.append(HeaderMatcher(name=":method", string_match=StringMatcher(exact=source.method)))
+    for header in source.headers:
+        if header.name == MODEL_HEADER:
+            segments = [MetadataMatcherPathSegment(key=MODEL_KEY)]
+            value = ValueMatcher(string_match=_value(header))
+            match.dynamic_metadata.append(MetadataMatcher(filter=MODEL_NAMESPACE, path=segments, value=value))
+        else:
+            match.headers.append(HeaderMatcher(name=header.name, string_match=_value(header)))
+    match.query_parameters = [QueryParameterMatcher(name=q.name, string_match=_value(q)) for q in source.query]
+    return match
+
+
+def _value(source: ValueMatch) -> StringMatcher:
+    if source.type is MatchType.REGEX:
+        return StringMatcher(safe_regex=RegexMatcher(regex=source.value))
+    return StringMatcher(exact=source.value)
+
+
+def _prefix(path: str) -> str:
+    """Gateway API's prefixes go by path elements, whatever the trailing slash; "" stands for everything."""
+    return path.rstrip("/")
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+def _forward(source: Forward, match: model.RouteMatch) -> RouteAction:
+    action = RouteAction(
+        cluster_not_found_response_code=RouteActionClusterNotFoundResponseCode.INTERNAL_SERVER_ERROR,
+    )
+    name, _, filters = source.clusters[0]
+    if len(source.clusters) == 1 and filters == Filters():
+        action.cluster = name
+    else:
+        action.weighted_clusters = WeightedCluster(clusters=[_share(*share) for share in source.clusters])
+    if source.rewrite is not None:
+        if source.rewrite.hostname:
+            action.host_rewrite_literal = source.rewrite.hostname
+        if source.rewrite.path is not None:
+            _rewrite_path(action, source.rewrite.path, match)
+    timeouts = [source.timeout] if source.timeout is not None else []
+    if source.llm:
+        action.timeout = seconds(source.timeout or 0)
+        action.idle_timeout = seconds(LLM_IDLE_TIMEOUT if source.idle_timeout is None else source.idle_timeout)
+        action.retry_policy = _retries(source.backend_timeout)
+    else:  # one attempt only, so both of Gateway API's timeouts bound the same thing
+        timeouts += [source.backend_timeout] if source.backend_timeout else []
+        if timeouts:
+            action.timeout = seconds(min((t for t in timeouts if t), default=0))
+        if source.idle_timeout is not None:
+            action.idle_timeout = seconds(source.idle_timeout)
+    if source.picked:
+        header = RouteActionHashPolicyHeader(header_name=PICK_HEADER)
+        action.hash_policy = [RouteActionHashPolicy(header=header, terminal=True)]
+    return action
+
+
+def _share(name: str, weight: int, filters: Filters) -> WeightedClusterClusterWeight:
+    share = WeightedClusterClusterWeight(name=name or INVALID_BACKEND, weight=weight)
+    _modify_headers(share, filters)
+    return share
+
+
+def _retries(per_try: float | None) -> RetryPolicy:
+    """Retries before the first byte, each at another host: with a hash policy they would all go to the same one."""
+    predicate = RetryPolicyRetryHostPredicate(
+        name="envoy.retry_host_predicates.previous_hosts", typed_config=Any.pack(PreviousHostsPredicate())
+    )
+    return RetryPolicy(
+        retry_on=RETRY_ON,
+        retriable_status_codes=[503],
+        num_retries=RETRIES,
+        per_try_timeout=seconds(per_try) if per_try else None,
+        retry_host_predicate=[predicate],
+        host_selection_retry_max_attempts=5,
+        retry_back_off=RetryPolicyRetryBackOff(base_interval=seconds(0.025), max_interval=seconds(0.25)),
+    )
+
+
+def _redirect(source: RequestRedirect, match: model.RouteMatch) -> RedirectAction:
+    action = RedirectAction(
+        scheme_redirect=source.scheme or None,
+        host_redirect=source.hostname,
+        # Without a port the API derives it from the scheme, where one is given.
+        port_redirect=source.port or _WELL_KNOWN.get(source.scheme, 0),
+        response_code=_STATUS[source.status],
+    )
+    if source.path is not None:
+        if source.path.full:
+            action.path_redirect = source.path.value
+        else:
+            _rewrite_path(action, source.path, match)
+    return action
+
+
+def _rewrite_path(action: RouteAction | RedirectAction, path: PathModifier, match: model.RouteMatch) -> None:
+    """ReplaceFullPath, or ReplacePrefixMatch by path elements: with exactly one slash where the two meet."""
+    if path.full:
+        action.regex_rewrite = _substitute("^/.*$", path.value)
+        return
+    prefix, replacement = _prefix(match.path.value), _prefix(path.value)
+    if prefix and replacement:
+        action.prefix_rewrite = replacement
+    elif prefix:
+        action.regex_rewrite = _substitute(f"^{re.escape(prefix)}/*", "/")
+    else:
+        action.prefix_rewrite = f"{replacement}/"
+
+
+def _substitute(pattern: str, text: str) -> RegexMatchAndSubstitute:
+    return RegexMatchAndSubstitute(pattern=RegexMatcher(regex=pattern), substitution=text.replace("\\", "\\\\"))
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+
+def _modify_headers(target: Route | WeightedClusterClusterWeight, filters: Filters) -> None:
+    if filters.request_headers is not None:
+        target.request_headers_to_add = list(_options(filters.request_headers))
+        target.request_headers_to_remove = list(filters.request_headers.remove)
+    if filters.response_headers is not None:
+        target.response_headers_to_add = list(_options(filters.response_headers))
+        target.response_headers_to_remove = list(filters.response_headers.remove)
+
+
+def _options(source: model.HeaderModifier) -> Iterable[HeaderValueOption]:
+    for pairs, action in ((source.set, _SET), (source.add, _ADD)):
+        for name, value in pairs:
+            # "%" starts a command operator in Envoy's header values; Gateway API's are literal.
+            header = HeaderValue(key=name, value=value.replace("%", "%%"))
+            yield HeaderValueOption(header=header, append_action=action, keep_empty_value=True)

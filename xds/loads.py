@@ -8,7 +8,7 @@ from xds.wire import load_pb2 as pb
 
 
 def pool_load(cluster: Cluster, pool: Pool, now: float, report: int) -> bytes:
-    """The encoded PoolLoad of `cluster` as of `now`; `report` numbers the reports, so that each one is a new version."""
+    """The encoded PoolLoad of `cluster` as of `now`; `report` numbers the reports: each one is a new version."""
     message = pb.PoolLoad(name=cluster.name, round=report)
     for endpoint in sorted(cluster.endpoints, key=lambda e: e.hash_key):
         if not endpoint.draining:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from xds.model import Load
 
 
 class Metrics:
@@ -41,10 +49,38 @@ class Metrics:
             registry=r,
             buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
         )
-        self.blind = Gauge("vllm_xds_blind_endpoints", "Endpoints without a fresh load.", ["pool"], registry=r)
-        per = ["pool", "endpoint"]
-        self.weight = Gauge("vllm_xds_endpoint_weight", "load_balancing_weight given to Envoy.", per, registry=r)
-        self.running = Gauge("vllm_xds_endpoint_running", "vllm:num_requests_running, last read.", per, registry=r)
-        self.waiting = Gauge("vllm_xds_endpoint_waiting", "vllm:num_requests_waiting, last read.", per, registry=r)
-        self.kv_usage = Gauge("vllm_xds_endpoint_kv_usage", "vllm:kv_cache_usage_perc, last read.", per, registry=r)
-        self.age = Gauge("vllm_xds_endpoint_load_age_seconds", "Age of the last load.", per, registry=r)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """What one endpoint's series say; `load` None: its page was never read."""
+
+    pool: str
+    endpoint: str
+    weight: int
+    age: float
+    load: Load | None
+
+
+class EndpointCollector(Collector):
+    """Series of each endpoint, made from the state when they are asked for: none outlives its endpoint."""
+
+    def __init__(self, states: Callable[[], Iterable[EndpointState]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["pool", "endpoint"]
+        weight = GaugeMetricFamily("vllm_xds_endpoint_weight", "load_balancing_weight given to Envoy.", labels=labels)
+        age = GaugeMetricFamily("vllm_xds_endpoint_load_age_seconds", "Age of the last load.", labels=labels)
+        running = GaugeMetricFamily("vllm_xds_endpoint_running", "Requests running, last read.", labels=labels)
+        waiting = GaugeMetricFamily("vllm_xds_endpoint_waiting", "Requests waiting, last read.", labels=labels)
+        kv_usage = GaugeMetricFamily("vllm_xds_endpoint_kv_usage", "KV cache in use, 0..1, last read.", labels=labels)
+        for state in self._states():
+            names = [state.pool, state.endpoint]
+            weight.add_metric(names, state.weight)
+            age.add_metric(names, state.age)
+            if state.load is not None:
+                running.add_metric(names, state.load.running)
+                waiting.add_metric(names, state.load.waiting)
+                kv_usage.add_metric(names, state.load.kv_usage)
+        yield from (weight, age, running, waiting, kv_usage)

@@ -240,7 +240,7 @@ def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, 
     return (
         (not host[0], -host[1]),
         kinds[match.path.type],
-        -len(match.path.value),
+        -len(match.path.value.rstrip("/")),
         not match.method,
         -len(match.headers),
         -len(match.query),

@@ -1,0 +1,65 @@
+"""The `vllm-xds` command: one sub-command a module, imported only when it is named, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+DESCRIPTION = (
+    "An xDS management server and an ext_proc picker that make plain Envoy an inference gateway for vLLM pods."
+)
+
+COMMANDS = {  # name -> (module with add_arguments(parser) and run(args) -> exit code, what it does)
+    "serve": ("xds.serve", "run the management server: objects and vLLM metrics in, xDS out"),
+    "picker": ("picker.__main__", "run the ext_proc picker: a request body in, the cheapest pod's hash key out"),
+    "bootstrap": ("bootstrap.__main__", "print the bootstrap of an Envoy that asks this management server"),
+    "check": ("xds.check", "say what `serve` would reject and serve of a directory, without serving it"),
+    "demo": ("bench.demo", "run everything on this machine, with simulated pods, and compare both ports"),
+}
+
+EPILOG = """\
+commands:
+{commands}
+
+Each explains itself: vllm-xds COMMAND --help. To see it all work: vllm-xds demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed (a line says why), 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:11}{text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="vllm-xds",
+        usage="vllm-xds COMMAND [OPTION ...]",
+        description=DESCRIPTION,
+        epilog=EPILOG.format(commands=listing),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    name = parser.parse_args(arguments[:1]).command
+    module_name, text = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    command = argparse.ArgumentParser(
+        prog=f"vllm-xds {name}",
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=_Formatter,
+    )
+    module.add_arguments(command)
+    try:
+        code: int = module.run(command.parse_args(arguments[1:]))
+    except BrokenPipeError:  # `vllm-xds check DIR | head`
+        sys.stderr.close()
+        return 1
+    return code
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves epilogs as they are written."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The flow from objects and metrics pages to the management server; every decision on the way is made elsewhere.
+
+    configs -> resolve -> translate -> publish          when an object changes
+    readings -> weigh -> reweigh, pool loads -> publish  each scrape interval
+
+What an operator watches is logged here: what is served, what is not and why, and every change of a weight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+
+import structlog
+
+from xds.envoy import Options
+from xds.loads import pool_load
+from xds.metrics import EndpointCollector, EndpointState, Metrics
+from xds.model import Cluster, Config, Endpoint, Level, Rejection, Topology
+from xds.resolve import CONTROLLER_NAMES, resolve
+from xds.scrape import Reading, Scraper
+from xds.server import ManagementServer
+from xds.snapshot import Snapshot, missing
+from xds.translate import Weights, reweigh, translate, with_loads
+from xds.weights import Pool, Sample, WeightChange, weigh
+
+log = structlog.get_logger()
+
+
+class Control:
+    """The running server (mutable, one event loop): what is served now, and the weights' memory of each pool."""
+
+    def __init__(
+        self,
+        server: ManagementServer,
+        scraper: Scraper,
+        metrics: Metrics,
+        *,
+        interval: float,
+        options: Options,
+        controller_names: tuple[str, ...] = CONTROLLER_NAMES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.server = server
+        self.scraper = scraper
+        self.metrics = metrics
+        self.interval = interval
+        self.options = options
+        self.controller_names = controller_names
+        self.clock = clock
+
+        self.topology = Topology()
+        self.rejections: tuple[Rejection, ...] = ()
+        self.snapshot: Snapshot | None = None  # None until the first configuration is there
+        self.pools: dict[str, Pool] = {}
+        self.loads: dict[str, bytes] = {}
+        self.round = 0
+        self._turn = asyncio.Lock()  # one change at a time
+        metrics.registry.register(EndpointCollector(self.states))
+
+    async def run(self, configs: AsyncIterator[Config]) -> None:
+        """Serve until cancelled; raises what the source raises when it has nothing to begin with."""
+        await self.configure(await anext(configs))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.scraper.run(), name="scrape")
+            group.create_task(self._follow_loads(), name="weights")
+            async for config in configs:
+                await self.configure(config)
+
+    async def _follow_loads(self) -> None:
+        while True:
+            await asyncio.sleep(self.interval)
+            await self.follow(self.scraper.readings())
+
+    async def configure(self, config: Config) -> None:
+        """Serve this Config from now on."""
+        async with self._turn:
+            began = time.perf_counter()
+            topology = resolve(config, self.controller_names)
+            # In a thread: listeners, routes and clusters cost milliseconds each, and streams must not wait for that.
+            snapshot = await asyncio.to_thread(translate, topology, self.options, self._weights())
+            seconds = time.perf_counter() - began
+            self._report_rejections((*config.rejections, *topology.rejections))
+            _log_endpoints(self.topology.clusters, topology.clusters)
+            self.topology = topology
+            pools = {c.name for c in topology.clusters if c.strategy is not None}
+            self.pools = {name: pool for name, pool in self.pools.items() if name in pools}
+            self.loads = {name: load for name, load in self.loads.items() if name in pools}
+            self.scraper.set_targets(c for c in topology.clusters if c.strategy is not None)
+            self._publish(with_loads(snapshot, self.loads))
+            self.metrics.translate_seconds.observe(seconds)
+            _log_configuration(topology, self.rejections, seconds)
+
+    async def follow(self, readings: Mapping[str, Reading]) -> None:
+        """One round of weights and pool loads from the last readings, by metrics_url."""
+        async with self._turn:
+            if self.snapshot is None:
+                return
+            self.round += 1
+            now = self.clock()
+            changed = []
+            for cluster in self.topology.clusters:
+                if cluster.strategy is None:
+                    continue
+                samples = [_sample(endpoint, readings) for endpoint in cluster.endpoints]
+                pool, changes = weigh(self.pools.get(cluster.name, Pool(cluster.name)), samples, now, self.interval)
+                self.pools[cluster.name] = pool
+                self.loads[cluster.name] = pool_load(cluster, pool, now, self.round)
+                if changes:
+                    changed.append(cluster)
+                    _log_weights(changes)
+            snapshot = with_loads(self.snapshot, self.loads)
+            self._publish(reweigh(snapshot, changed, self._weights()) if changed else snapshot)
+
+    def states(self) -> Iterable[EndpointState]:
+        """What /metrics says of each pool's endpoints."""
+        now = self.clock()
+        for name, pool in list(self.pools.items()):
+            for key, member in pool.members.items():
+                yield EndpointState(name, key, member.weight, member.age(now), member.load)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        dangling = missing(snapshot)
+        if dangling:  # an Envoy would answer 503 where it is told of a cluster or routes that are not there
+            log.error("snapshot inconsistent", missing=[f"{a[1]} -> {b[1]}" for a, b in dangling[:10]])
+            return
+        self.snapshot = snapshot
+        self.server.publish(snapshot)
+
+    def _weights(self) -> Weights:
+        return {name: {key: m.weight for key, m in pool.members.items()} for name, pool in self.pools.items()}
+
+    def _report_rejections(self, current: Iterable[Rejection]) -> None:
+        """One line for each rejection that is new, and one for each that is gone."""
+        rejections = tuple(dict.fromkeys(current))
+        for rejection in rejections:
+            if rejection not in self.rejections:
+                write = log.error if rejection.level is Level.ERROR else log.warning
+                write("object rejected", **_fields(rejection))
+        for rejection in self.rejections:
+            if rejection not in rejections:
+                log.info("rejection cleared", **_fields(rejection))
+        self.metrics.rejections.clear()
+        for rejection in rejections:
+            self.metrics.rejections.labels(rejection.level, rejection.reason).inc()
+        self.rejections = rejections
+
+
+def _sample(endpoint: Endpoint, readings: Mapping[str, Reading]) -> Sample:
+    reading = readings.get(endpoint.metrics_url)
+    if reading is None:
+        return Sample(endpoint.hash_key, draining=endpoint.draining)
+    return Sample(endpoint.hash_key, reading.load, reading.read_at, endpoint.draining)
+
+
+# --- log --------------------------------------------------------------------------------------------------------------
+
+
+def _fields(rejection: Rejection) -> dict[str, str]:
+    given = {
+        "object": str(rejection.ref) if rejection.ref else "",
+        "field": rejection.field,
+        "reason": rejection.reason,
+        "message": rejection.message,
+        "source": rejection.source,
+    }
+    return {name: value for name, value in given.items() if value}
+
+
+def _log_configuration(topology: Topology, rejections: tuple[Rejection, ...], seconds: float) -> None:
+    log.info(
+        "configuration applied",
+        ports=[listener.port for listener in topology.listeners],
+        routes=sum(len(host.routes) for listener in topology.listeners for host in listener.virtual_hosts),
+        clusters={c.name: len(c.endpoints) for c in topology.clusters},
+        rejections=sum(rejection.level is Level.ERROR for rejection in rejections),
+        seconds=round(seconds, 4),
+    )
+
+
+def _log_endpoints(before: tuple[Cluster, ...], after: tuple[Cluster, ...]) -> None:
+    """One line for each endpoint that came, drains or went; a pool's first ones are in `configuration applied`."""
+    known = {c.name: {e.hash_key: e for e in c.endpoints} for c in before}
+    for cluster in after:
+        old = known.get(cluster.name)
+        if old is None:
+            continue
+        new = {e.hash_key: e for e in cluster.endpoints}
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                _log_endpoint(cluster.name, key, old.get(key), new.get(key))
+
+
+def _log_endpoint(cluster: str, key: str, old: Endpoint | None, new: Endpoint | None) -> None:
+    event = "endpoint changed"
+    if old is None:
+        event = "endpoint added"
+    elif new is None:
+        event = "endpoint removed"
+    elif new.draining and not old.draining:
+        event = "endpoint draining"
+    shown = new or old
+    log.info(event, cluster=cluster, endpoint=key, address=f"{shown.address}:{shown.port}" if shown else "")
+
+
+def _log_weights(changes: Iterable[WeightChange]) -> None:
+    for change in changes:
+        log.info(
+            "weight changed",
+            pool=change.cluster,
+            endpoint=change.endpoint,
+            old=change.old,
+            new=change.new,
+            reason=change.reason,
+            running=change.running,
+            waiting=round(change.waiting, 2),
+            kv_usage=round(change.kv_usage, 3),
+            speed=round(change.speed, 2),
+            ramp=round(change.ramp, 2),
+            age=round(change.age, 1),
+        )

@@ -1,0 +1,161 @@
+"""`vllm-xds serve`: the management server as a process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvloop
+
+import bootstrap
+from xds import log
+from xds.control import Control
+from xds.directory import DirectoryError, DirectorySource
+from xds.envoy import Options
+from xds.metrics import Metrics
+from xds.resolve import CONTROLLER_NAMES
+from xds.scrape import INTERVAL, Scraper
+from xds.server import ManagementServer
+from xds.status import serve_status
+
+EPILOG = """\
+The directory holds Gateway API and inference extension objects as YAML, as you would `kubectl apply` them:
+GatewayClass, Gateway, HTTPRoute, InferencePool, InferenceModel, Service, EndpointSlice, Pod, ReferenceGrant and
+BackendTrafficPolicy.
+It is watched: a saved file reaches Envoy within two seconds, and one bad object leaves the others served.
+"""
+
+STOP_GRACE = 1.0  # seconds for streams to close: an Envoy without its server serves on, so there is nothing to wait for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="DIR", type=Path, required=True, help="directory of YAML objects, watched")
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        action="append",
+        help=f"where Envoys and pickers connect, repeatable (default: {bootstrap.DEFAULT_SERVER})",
+    )
+    parser.add_argument(
+        "--status",
+        metavar="HOST:PORT",
+        default="127.0.0.1:19001",
+        help="where /metrics, /healthz and /readyz are served",
+    )
+    parser.add_argument(
+        "--bind", metavar="ADDRESS", default=Options().bind, help="address Envoy's listeners bind, for every Gateway"
+    )
+    parser.add_argument(
+        "--picker",
+        metavar="ADDRESS",
+        action="append",
+        help="a picker as Envoy reaches it, HOST:PORT or unix:/path, repeatable (default: 127.0.0.1:18001)",
+    )
+    parser.add_argument(
+        "--picker-timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=Options().picker_timeout,
+        help="what a hung picker may cost a request before it goes on without a pick",
+    )
+    parser.add_argument(
+        "--scrape-interval",
+        metavar="SECONDS",
+        type=positive,
+        default=INTERVAL,
+        help="time between two reads of a pod's /metrics",
+    )
+    parser.add_argument(
+        "--controller-name",
+        metavar="NAME",
+        action="append",
+        help=f"serve GatewayClasses of this controller, repeatable (default: {' and '.join(CONTROLLER_NAMES)})",
+    )
+    add_log_arguments(parser)
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format", choices=log.FORMATS, default="auto", help="auto: for people in a terminal, else JSON"
+    )
+    parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="the least of what is logged")
+
+
+def positive(text: str) -> float:
+    """A number of seconds above 0."""
+    value = float(text)
+    if not 0 < value < 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    log.configure(args.log_format, args.log_level)
+    try:
+        for address in (args.status, *(args.listen or ())):
+            bootstrap.split_address(address)
+        for address in args.picker or ():
+            if not address.startswith("unix:/"):
+                bootstrap.split_address(address)
+    except ValueError as error:
+        print(f"vllm-xds serve: {error}", file=sys.stderr)
+        return 2
+    try:
+        uvloop.run(_serve(args))
+    except (DirectoryError, OSError, RuntimeError) as error:
+        print(f"vllm-xds serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    events = structlog.get_logger()
+    metrics = Metrics()
+    server = ManagementServer(metrics)
+    listen = args.listen or [bootstrap.DEFAULT_SERVER]
+    control = Control(
+        server,
+        Scraper(metrics, args.scrape_interval),
+        metrics,
+        interval=args.scrape_interval,
+        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout),
+        controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
+    )
+    host, port = bootstrap.split_address(args.status)
+    async with serve_status(host, port, metrics.registry, ready=lambda: control.snapshot is not None):
+        await server.start(listen)
+        events.info("server started", config=str(args.config), listen=listen, status=args.status)
+        try:
+            await until_signal(control.run(DirectorySource(args.config).configs()))
+        finally:
+            await server.stop(STOP_GRACE)
+            events.info("server stopped")
+
+
+async def until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` until it ends or SIGINT or SIGTERM asks this process to."""
+    task = asyncio.ensure_future(work)
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not asked:
+            raise
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import shutil
-import signal
 import socket
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,13 @@ import aiohttp
 STARTED = b"starting workers"  # Envoy logs it once, when its first listeners and clusters are there
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+# Put before a command: its process ends when its parent does, however that ends (prctl PR_SET_PDEATHSIG, SIGKILL).
+# A preexec_fn would do the same in a forked copy of this process, where gRPC's fork handlers may hang.
+DIE_WITH_PARENT = (
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 class EnvoyNotFoundError(Exception):
@@ -54,6 +58,7 @@ class Envoy:
         self.admin = admin
         self.log = log
         self._command = [
+            *DIE_WITH_PARENT,
             find_envoy(),
             *("-c", str(bootstrap)),
             *("--use-dynamic-base-id", "--component-log-level", "ext_proc:error", "--drain-time-s", "3600"),
@@ -74,7 +79,7 @@ class Envoy:
             *self._command,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            process_group=0,  # of its own: Ctrl-C in a terminal goes to the parent alone, which then stops us in order
         )
         self._pump = asyncio.create_task(self._copy_log())
 
@@ -125,9 +130,3 @@ class Envoy:
                 out.write(line)
                 if STARTED in line:
                     self._started.set()
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: end when the parent ends, however it ends (prctl PR_SET_PDEATHSIG)."""
-    os.setpgid(0, 0)  # a group of its own: Ctrl-C in a terminal goes to the parent alone, which then stops us in order
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,256 @@
+"""A whole gateway on loopback: our server and picker, the real Envoy, simulated pods. Nothing waits by sleeping.
+
+The management server and the control loop run in the test's own process, so that a test awaits what it caused:
+`Gateway.settled()` returns when Envoy (and the picker) have accepted everything that was published. The picker is
+a process of its own, to be killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import bootstrap
+from bench.envoy import Envoy, free_port
+from bench.vllm_engine import EngineConfig
+from bench.vllm_server import SimulatedPod
+from xds.control import Control
+from xds.directory import DirectorySource
+from xds.envoy import PICKER_CLUSTER, Options
+from xds.metrics import Metrics
+from xds.scrape import Scraper
+from xds.server import ManagementServer
+
+INTERVAL = 0.2  # seconds between scrapes: tests do not wait for the 2 s of real life
+BOUND = 30.0  # seconds for anything awaited here, far above what it takes
+
+OBJECTS = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {{name: envoy}}
+spec: {{controllerName: vllm-xds.dev/gateway-controller}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: gw}}
+spec:
+  gatewayClassName: envoy
+  listeners:
+  - {{name: http, protocol: HTTP, port: {plain}}}
+  - {{name: llm, protocol: HTTP, port: {llm}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: plain}}
+spec:
+  parentRefs: [{{name: gw, sectionName: http}}]
+  rules: [{{backendRefs: [{{name: qwen, port: 8000}}]}}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: llm}}
+spec:
+  parentRefs: [{{name: gw, sectionName: llm}}]
+  rules: [{{backendRefs: [{{group: inference.networking.k8s.io, kind: InferencePool, name: pool}}]}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: qwen}}
+spec: {{selector: {{app: qwen}}, ports: [{{port: 8000, targetPort: {port}}}]}}
+"""
+
+POOL = """\
+apiVersion: inference.networking.k8s.io/v1
+kind: InferencePool
+metadata:
+  name: pool
+  annotations: {{inference.networking.x-k8s.io/routing-strategy: {strategy}}}
+spec:
+  selector: {{matchLabels: {{app: qwen}}}}
+  targetPorts: [{{number: {port}}}]
+"""
+
+POD = """\
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{app: qwen}}{extra}}}
+status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
+"""
+
+
+class Gateway:
+    """What one test works with. Write objects into `config`, then await `settled()`."""
+
+    def __init__(self, scratch: Path, *, delta: bool) -> None:
+        self.scratch = scratch
+        self.delta = delta
+        self.config = scratch / "config"
+        self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
+            free_port() for _ in range(5)
+        )
+        self.pods: list[SimulatedPod] = []
+        self.pod_port = free_port()
+        self.metrics = Metrics()
+        self._envoys = itertools.count()
+        self._stack = AsyncExitStack()
+
+    # --- parts ---
+
+    async def start_pods(self, count: int, config: EngineConfig | None = None) -> None:
+        net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
+        for i in range(count):
+            pod = SimulatedPod(
+                f"pod-{i}", address=f"127.{net}.{os.getpid() % 250}.{i + 1}", port=self.pod_port, config=config
+            )
+            self.pods.append(await self._stack.enter_async_context(pod))
+
+    def write_objects(self, strategy: str = "PREFIX_CACHE") -> None:
+        self.config.mkdir(exist_ok=True)
+        ports = {"plain": self.plain_port, "llm": self.llm_port, "port": self.pod_port}
+        (self.config / "gateway.yaml").write_text(OBJECTS.format(**ports))
+        self.write_pool(strategy)
+        for pod in self.pods:
+            self.write_pod(pod)
+
+    def write_pool(self, strategy: str) -> None:
+        (self.config / "pool.yaml").write_text(POOL.format(strategy=strategy, port=self.pod_port))
+
+    def write_pod(self, pod: SimulatedPod, extra: str = "") -> None:
+        text = POD.format(name=pod.name, ip=pod.address, extra=f", {extra}" if extra else "")
+        (self.config / f"{pod.name}.yaml").write_text(text)
+
+    async def start_server(self) -> None:
+        self.server = ManagementServer(self.metrics)
+        self.control = Control(
+            self.server,
+            Scraper(self.metrics, INTERVAL),
+            self.metrics,
+            interval=INTERVAL,
+            options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",)),
+        )
+        await self.server.start([f"127.0.0.1:{self.xds_port}"])
+        self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
+        self._stack.push_async_callback(self.stop_server)
+
+    async def stop_server(self) -> None:
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self.server.stop(0)
+
+    async def start_envoy(self) -> None:
+        path = self.scratch / "envoy.yaml"
+        admin = f"127.0.0.1:{self.admin_port}"
+        path.write_text(bootstrap.render(f"127.0.0.1:{self.xds_port}", admin=admin, delta=self.delta))
+        self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
+        await self._stack.enter_async_context(self.envoy)
+        await self.envoy.ready(BOUND)
+
+    async def start_picker(self) -> None:
+        self.picker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "ignore", "-m", "xds", "picker", "--log-format", "json"),
+            *("--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
+            *("--metrics-address", "127.0.0.1:0"),
+            stderr=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parent.parent.parent,
+        )
+        self._stack.push_async_callback(self.stop_picker)
+        async with asyncio.timeout(BOUND):
+            assert self.picker.stderr is not None
+            while b"server connected" not in (line := await self.picker.stderr.readline()):
+                assert line, "the picker ended before it was connected"
+
+    async def stop_picker(self) -> None:
+        if self.picker.returncode is None:
+            self.picker.kill()
+        await self.picker.communicate()
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    # --- events ---
+
+    async def settled(self, clients: int = 1) -> None:
+        """What was published is accepted by `clients` streams."""
+        async with asyncio.timeout(BOUND):
+            await self.server.wait_settled(clients)
+
+    async def until(self, true: Callable[[Control], bool]) -> None:
+        """`true` holds for what is served, and Envoy has accepted it."""
+        async with asyncio.timeout(BOUND):
+            await self.control.wait_until(true)
+            await self.server.wait_settled()
+
+    async def picking(self) -> None:
+        """Envoy's health check has found the picker, and the picker has the pool's load."""
+        await self.settled(clients=2)
+        async with asyncio.timeout(BOUND):
+            while not await self._healthy(PICKER_CLUSTER):
+                pass  # each look is a request to Envoy's admin API
+
+    async def _healthy(self, cluster: str) -> bool:
+        statuses = (await self.envoy.get("/clusters?format=json"))["cluster_statuses"]
+        hosts = next(status["host_statuses"] for status in statuses if status["name"] == cluster)
+        return all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)
+
+    # --- traffic ---
+
+    async def ask(
+        self, session: aiohttp.ClientSession, port: int, prompt: str, **more: object
+    ) -> tuple[int, str, bytes]:
+        """One completion through Envoy: status, the pod that answered, the body."""
+        body = {"model": "/model/qwen", "prompt": prompt, "max_tokens": 3, **more}
+        async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
+            return response.status, response.headers.get("x-sim-pod", ""), await response.read()
+
+    async def pods_of(self, session: aiohttp.ClientSession, prompts: Sequence[str], turns: int = 6) -> list[set[str]]:
+        """For each prompt the pods that answer it and its continuations on the LLM port.
+
+        All are asked once first, and continued when the picker takes those prefills for done: 10 rounds of load
+        reports. Before that, to wait for a prefix on its pod costs as much as to compute it on an idle one.
+        """
+        for prompt in prompts:
+            await self.ask(session, self.llm_port, prompt)
+        done = self.control.round + 10
+        await self.until(lambda control: control.round >= done)
+        return [
+            {(await self.ask(session, self.llm_port, f"{prompt} {turn}"))[1] for turn in range(turns)}
+            for prompt in prompts
+        ]
+
+
+@pytest.fixture(params=["delta", "sotw"])
+def variant(request: pytest.FixtureRequest) -> str:
+    """Both variants of the protocol."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path, variant: str) -> AsyncIterator[Gateway]:
+    """Pods, server and Envoy running, both ports answering; tests that want the picker start it."""
+    gateway = Gateway(tmp_path, delta=variant == "delta")
+    try:
+        await gateway.start_pods(4, EngineConfig(max_num_seqs=16))
+        gateway.write_objects()
+        await gateway.start_server()
+        await gateway.start_envoy()
+        await gateway.settled()
+        yield gateway
+    finally:
+        await gateway.close()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """One client with a new connection for each request that needs one."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=BOUND)) as session:
+        yield session

@@ -1,0 +1,190 @@
+"""The cost pick: the pod where a prompt costs least, in tokens of prefill. Pure; time and randomness are arguments.
+
+For a prompt of L tokens with chunk hashes h, each pod p costs
+
+    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod
+    C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity)
+
+B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are the
+pod's last load report plus E times what this picker sent there since, E being the number of independent pickers. The
+cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+
+A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
+metrics page that cannot be read. With no fresh report at all there is no cost pick.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from picker.memory import SeenChunks
+from picker.prefix import CHUNK_TOKENS
+
+ETA = 0.3  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
+CN = 100.0  # tokens: what a running request costs the next, however short its prompt
+KAPPA = 2.0  # tokens a token: beyond the KV cache a token preempts another, which is prefilled again
+PRIOR_ALONE = 0.2  # share of U waived on the primary: gathers new prefixes before anything has been seen
+PRIOR_MANY = 0.8  # the same with several pickers: the primary is all they agree on
+OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
+LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
+PREFILL_RATE = (
+    8000.0  # tokens/s until the pod's own is known: an 8B model on one datacentre GPU; a factor 2 costs 10-20 %
+)
+KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
+STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
+UNKNOWN_CHUNKS = 1024  # capacity of a pod whose KV cache is unknown: 512k tokens, an 8B model on 80 GB
+
+
+@dataclass(frozen=True, slots=True)
+class PodLoad:
+    """One pod in a load report; the fields are those of `EndpointLoad` in xds/wire/load.proto."""
+
+    hash_key: str
+    address: str = ""
+    age: float = 0.0  # seconds between reading the pod's metrics and the report; negative = never read
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_usage: float = 0.0  # 0..1
+    kv_tokens: int = 0  # 0 = unknown
+    prefill_rate: float = 0.0  # tokens/s, 0 = unknown
+    start_time: float = 0.0  # unix seconds, 0 = unknown
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """What the management server reports of a pool: every pod that may be picked."""
+
+    name: str
+    pods: tuple[PodLoad, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    at: float  # seconds
+    tokens: float
+
+
+class _Pod:
+    """What the picker knows of one pod. Mutable."""
+
+    __slots__ = ("_backlog", "_leaked_at", "_sent", "kv", "load", "n", "read_at", "seen")
+
+    def __init__(self, load: PodLoad) -> None:
+        self.load = load
+        self.seen = SeenChunks(UNKNOWN_CHUNKS)
+        self.read_at = -inf
+        self.n = 0.0
+        self.kv = 0.0
+        self._sent: deque[_Sent] = deque()
+        self._backlog = 0.0
+        self._leaked_at = 0.0
+
+    def report(self, load: PodLoad, pickers: int, max_chunks: int, now: float) -> None:
+        """Take a load report that arrived at `now`; a new start time or address is a new, empty pod."""
+        if _restarted(self.load, load):
+            self.seen.forget()
+            self._sent.clear()
+            self._backlog = 0.0
+        self.load = load
+        self.read_at = now - load.age if load.age >= 0 else -inf
+        horizon = max(self.read_at, now - STALE)
+        while self._sent and self._sent[0].at <= horizon:
+            self._sent.popleft()
+        self.n = load.running + load.waiting + pickers * len(self._sent)
+        self.kv = load.kv_usage * load.kv_tokens + pickers * sum(sent.tokens for sent in self._sent)
+        self.seen.resize(min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+
+    def cost(self, uncached: float, output: float, n: float, kv: float, now: float) -> float:
+        """C of the module's formula, in tokens."""
+        capacity = self.load.kv_tokens
+        preempted = max(0.0, kv + uncached + output - KV_USABLE * capacity) if capacity else 0.0
+        return self.backlog(now) + uncached * (1.0 + ETA * n) + CN * n + KAPPA * preempted
+
+    def backlog(self, now: float) -> float:
+        """B: prefill tokens sent here and, at the leak's rate, not yet done."""
+        leaked = LEAK * (self.load.prefill_rate or PREFILL_RATE) * (now - self._leaked_at)
+        return max(0.0, self._backlog - leaked)
+
+    def send(self, hashes: Sequence[bytes], uncached: float, output: float, pickers: int, now: float) -> None:
+        """Note a request that was picked for this pod."""
+        self._backlog, self._leaked_at = self.backlog(now) + uncached, now
+        self._sent.append(_Sent(now, uncached + output))
+        self.n += pickers
+        self.kv += pickers * (uncached + output)
+        self.seen.touch(hashes)
+
+
+def _restarted(old: PodLoad, new: PodLoad) -> bool:
+    moved = old.address != new.address
+    return moved or (0 < old.start_time != new.start_time > 0)
+
+
+class Pool:
+    """One pool's pods. Mutable.
+
+    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included).
+    """
+
+    def __init__(self, random: Callable[[], float], pickers: int = 1) -> None:
+        self._random = random
+        self._pickers = pickers
+        self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
+        self._pods: dict[str, _Pod] = {}
+
+    def __len__(self) -> int:
+        return len(self._pods)
+
+    @property
+    def chunks(self) -> int:
+        """Chunk hashes held for all pods."""
+        return sum(len(pod.seen) for pod in self._pods.values())
+
+    @property
+    def read_at(self) -> float:
+        """When the freshest report was read from its pod, in seconds; -inf when never."""
+        return max((pod.read_at for pod in self._pods.values()), default=-inf)
+
+    def update(self, load: PoolLoad, max_chunks: int, now: float) -> None:
+        """Take a report: new pods appear, missing ones are dropped with all that is known of them."""
+        known = self._pods
+        self._pods = {}
+        for pod_load in load.pods:
+            pod = self._pods[pod_load.hash_key] = known.get(pod_load.hash_key) or _Pod(pod_load)
+            pod.report(pod_load, self._pickers, max_chunks, now)
+
+    def pick(
+        self,
+        hashes: Sequence[bytes],
+        tokens: int,
+        max_tokens: int | None,
+        primary: str | None,
+        now: float,
+    ) -> str | None:
+        """The hash key of the cheapest pod, now counted as sent to; None when no report is fresh.
+
+        `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds.
+        """
+        fresh = [pod for pod in self._pods.values() if now - pod.read_at <= STALE]
+        if not fresh:
+            return None
+        mean_n = sum(pod.n for pod in fresh) / len(fresh)
+        output = OUTPUT if max_tokens is None else min(OUTPUT, max_tokens)
+        best: list[tuple[str, _Pod, float]] = []
+        best_cost = (inf, inf)
+        for name, pod in self._pods.items():
+            uncached: float = tokens - CHUNK_TOKENS * pod.seen.longest_prefix(hashes)
+            if name == primary:
+                uncached *= 1.0 - self._prior
+            n, kv = (pod.n, pod.kv) if now - pod.read_at <= STALE else (mean_n, 0.0)
+            cost = (pod.cost(uncached, output, n, kv, now), n)
+            if cost < best_cost:
+                best_cost = cost
+                best = [(name, pod, uncached)]
+            elif cost == best_cost:
+                best.append((name, pod, uncached))
+        name, pod, uncached = best[int(self._random() * len(best))]
+        pod.send(hashes, uncached, output, self._pickers, now)
+        return name

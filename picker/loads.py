@@ -1,0 +1,223 @@
+"""Learns the pods' loads from the management server: a delta ADS client of one resource type, `PoolLoad`.
+
+    DeltaDiscoveryResponse -> Subscription -> ACK or NACK, loads, removals -> Picker
+
+The subscription is a wildcard, resumed after a reconnect by the versions already held. While the server is away the
+last loads stay and go stale by age. https://www.envoyproxy.io/docs/envoy/v1.40.0/api-docs/xds_protocol#incremental-xds
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from picker.cost import STALE, PodLoad, PoolLoad
+from picker.metrics import PickerMetrics
+from picker.pick import Picker
+from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status
+from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
+
+TYPE_URL = "type.googleapis.com/vllm_xds.v1.PoolLoad"
+METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+MAX_MESSAGE = 16 << 20  # bytes: 100,000 pods in one response
+BACKOFF = 0.2  # seconds before the second attempt, doubled for each one after it, less up to half at random
+MAX_BACKOFF = 5.0  # seconds: a restarted server is found before the loads are stale
+WATCH = 1.0  # seconds between looks at the loads' age
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", 10_000),  # a server that hangs with its sockets open is noticed in 15 s
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that ends the connection; its default is 60 s
+    ("grpc.http2.max_pings_without_data", 0),  # a server without pools has nothing to send
+    ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the old one's wait
+)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a response leads to. `request` is the ACK, or with `refusal` (not "") the NACK, to be sent."""
+
+    request: DeltaDiscoveryRequest
+    loads: tuple[PoolLoad, ...]
+    removed: tuple[str, ...]
+    refusal: str
+
+
+class Subscription:
+    """The client's side of one wildcard delta subscription, across reconnects. Mutable; does no I/O."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._versions: dict[str, str] = {}
+
+    def open(self) -> DeltaDiscoveryRequest:
+        """The first request of a stream."""
+        return DeltaDiscoveryRequest(
+            node=Node(id=self._node_id, cluster="picker"), type_url=TYPE_URL, initial_resource_versions=self._versions
+        )
+
+    def receive(self, response: DeltaDiscoveryResponse) -> Outcome:
+        """Good resources count even when others of the same response are refused."""
+        loads, refusals = [], []
+        if response.type_url != TYPE_URL:
+            refusals.append(f"type {response.type_url} was not asked for")
+        for encoded in response.resources if not refusals else ():
+            try:
+                resource = Resource.FromString(encoded)
+                loads.append(decode(resource))
+            except (DecodeError, ValueError) as error:
+                refusals.append(str(error))
+            else:
+                self._versions[resource.name] = resource.version
+        for name in response.removed_resources:
+            self._versions.pop(name, None)
+        refusal = "; ".join(refusals)
+        request = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+        if refusal:
+            request.error_detail.CopyFrom(Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=refusal))
+        return Outcome(request, tuple(loads), tuple(response.removed_resources), refusal)
+
+
+def decode(resource: Resource) -> PoolLoad:
+    """A PoolLoad with sane values; ValueError or DecodeError says what is wrong with it."""
+    name = resource.name
+    if resource.resource.type_url != TYPE_URL:
+        raise ValueError(f"{name}: type {resource.resource.type_url} is not {TYPE_URL}")
+    wire = WirePoolLoad.FromString(resource.resource.value)
+    if not name or wire.name != name:
+        raise ValueError(f"{name}: the resource says it is {wire.name!r}")
+    hash_keys = set()
+    for endpoint in wire.endpoints:
+        if not endpoint.hash_key or endpoint.hash_key in hash_keys:
+            raise ValueError(f"{name}: hash_key {endpoint.hash_key!r} is empty or given twice")
+        hash_keys.add(endpoint.hash_key)
+        for field in ("running", "waiting", "kv_usage", "prefill_rate", "start_time"):
+            value = getattr(endpoint, field)
+            if not isfinite(value) or value < 0:
+                raise ValueError(f"{name}: {endpoint.hash_key}: {field} is {value}")
+        if not isfinite(endpoint.age):
+            raise ValueError(f"{name}: {endpoint.hash_key}: age is {endpoint.age}")
+    return PoolLoad(
+        name,
+        tuple(
+            PodLoad(
+                hash_key=pod.hash_key,
+                address=pod.address,
+                age=pod.age,
+                running=pod.running,
+                waiting=pod.waiting,
+                kv_usage=pod.kv_usage,
+                kv_tokens=pod.kv_tokens,
+                prefill_rate=pod.prefill_rate,
+                start_time=pod.start_time,
+            )
+            for pod in wire.endpoints
+        ),
+    )
+
+
+class LoadsClient:
+    """Keeps `picker` informed from the server at `address` (HOST:PORT), for ever.
+
+    `clock` gives seconds, the same as the picker's; `random` floats in [0, 1).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        picker: Picker,
+        metrics: PickerMetrics,
+        *,
+        node_id: str,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+    ) -> None:
+        self._address = address
+        self._picker = picker
+        self._metrics = metrics
+        self._subscription = Subscription(node_id)
+        self._clock = clock
+        self._random = random
+        self._connected = False
+        self._failures = 0  # attempts since a response came
+        self._refusal = ""  # the last one logged: a server repeats a mistake each round
+
+    async def run(self) -> None:
+        """Connect, follow, and connect again; ends only by being cancelled."""
+        while True:
+            reason = await self._follow()
+            if self._connected:
+                log.warning("server lost", server=self._address, reason=reason)
+            elif self._failures == 0:
+                log.warning("server unreachable", server=self._address, reason=reason)
+            self._connected = False
+            self._metrics.connected.set(0)
+            delay = min(MAX_BACKOFF, BACKOFF * 2 ** min(self._failures, 16))
+            self._failures += 1
+            await asyncio.sleep(delay * (1 - self._random() / 2))
+
+    async def _follow(self) -> str:
+        """One stream, from its first request to its end; why it ended."""
+        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+            stream = channel.stream_stream(METHOD)()  # raw bytes: what cannot be decoded is ours to judge
+            try:
+                await stream.write(self._subscription.open().SerializeToString())
+                self._connected = True
+                self._metrics.connected.set(1)
+                log.info("server connected", server=self._address)
+                while (data := await stream.read()) is not grpc.aio.EOF:
+                    request = self._apply(DeltaDiscoveryResponse.FromString(data))
+                    self._failures = 0
+                    await stream.write(request.SerializeToString())
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+            except (asyncio.InvalidStateError, DecodeError) as error:  # the stream ended while an ACK was written
+                return str(error)
+            return f"{(await stream.code()).name}: the server ended the stream"
+
+    def _apply(self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest:
+        outcome = self._subscription.receive(response)
+        now = self._clock()
+        for load in outcome.loads:
+            self._picker.update(load, now)
+        for name in outcome.removed:
+            self._picker.forget(name)
+        if outcome.refusal:
+            self._metrics.refused.inc()
+            if outcome.refusal != self._refusal:
+                log.warning("load report refused", reason=outcome.refusal)
+        self._refusal = outcome.refusal
+        return outcome.request
+
+
+async def watch(picker: Picker, metrics: PickerMetrics, clock: Callable[[], float], every: float = WATCH) -> None:
+    """Say when a pool's loads go stale and when they are fresh again; ends only by being cancelled.
+
+    A pool that appears has STALE seconds for its first load.
+    """
+    since: dict[str, float] = {}  # pool -> when it was first seen
+    stale: set[str] = set()
+    while True:
+        now, read_at = clock(), picker.read_at()
+        for name in since.keys() - read_at.keys():
+            metrics.load_age.remove(name)
+        since = {name: since.get(name, now) for name in read_at}
+        stale &= since.keys()
+        for name, at in read_at.items():
+            metrics.load_age.labels(name).set(now - at)
+            if (now - max(at, since[name]) > STALE) is not (name in stale):
+                stale ^= {name}
+                if name in stale:
+                    log.warning("pool load stale", pool=name)
+                else:
+                    log.info("pool load fresh", pool=name)
+        metrics.chunks.set(picker.chunks)
+        await asyncio.sleep(every)

@@ -1,0 +1,36 @@
+"""The picker's own metrics (Prometheus). Labels are bounded: pools the server reported, reasons, kinds of failure."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class PickerMetrics:
+    """Every series of `vllm-xds picker`; one object for each picker, so tests never share a registry."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = r = registry if registry is not None else CollectorRegistry()
+        self.picks = Counter(
+            "vllm_xds_picker_picks",
+            "Requests decided, by pool (empty: its pods are unknown) and reason (see picker/pick.py).",
+            ["pool", "reason"],
+            registry=r,
+        )
+        self.pick_seconds = Histogram(
+            "vllm_xds_picker_pick_seconds",
+            "From a request's bytes to its answer's.",
+            registry=r,
+            buckets=(0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+        )
+        self.failures = Counter(
+            "vllm_xds_picker_failures",
+            "Requests answered without a pick because of an exception.",
+            ["kind"],
+            registry=r,
+        )
+        self.chunks = Gauge("vllm_xds_picker_chunks", "Chunk hashes held for all pods.", registry=r)
+        self.connected = Gauge("vllm_xds_picker_server_connected", "1 while the load stream is open.", registry=r)
+        self.refused = Counter("vllm_xds_picker_load_reports_refused", "Load reports refused (NACK).", registry=r)
+        self.load_age = Gauge(
+            "vllm_xds_picker_load_age_seconds", "Age of a pool's freshest load; +Inf: never read.", ["pool"], registry=r
+        )

@@ -1,0 +1,200 @@
+"""The ext_proc service: one request body in, one answer out, and the stream is over.
+
+Envoy opens a bidirectional stream for each request; answering it as a unary call is the same on the wire and ends the
+stream with the answer, so none lives as long as a streamed completion. What goes wrong in here is answered with "no
+changes": Envoy then routes without a key, sooner than by a timeout. gRPC health is what Envoy's health check asks for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import grpc
+import structlog
+from aiohttp import web
+from prometheus_client import Counter, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from picker.metrics import PickerMetrics
+from picker.pick import Picker
+from picker.wire.ext_proc_pb2 import BodyResponse, ProcessingRequest, ProcessingResponse
+
+PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
+HEALTH = "/grpc.health.v1.Health/Check"
+FILTER = "envoy.filters.http.ext_proc"  # the namespace of the request's attributes
+NAMESPACE = "picker"  # of the dynamic metadata the answer carries, in its field "key"
+MAX_MESSAGE = 40 << 20  # bytes: above the 32 MiB Envoy buffers of a body
+SAY_AGAIN = 60.0  # seconds between two log lines on one kind of failure
+UNIX = "unix:"
+SOCKET_MODE = 0o666  # Envoy runs as another user; who may reach the socket is its directory's matter
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.so_reuseport", 0),  # else a second picker takes half of the requests instead of an error
+)
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # HealthCheckResponse.status
+_SERVICE = b"envoy.service.ext_proc.v3.ExternalProcessor"
+_HEALTH_REQUESTS = (b"", b"\x0a" + bytes([len(_SERVICE)]) + _SERVICE)  # HealthCheckRequest.service
+
+log = structlog.get_logger()
+
+
+class AddressError(Exception):
+    """An address cannot be listened on; the text says which and why."""
+
+
+@lru_cache(maxsize=4096)
+def encode_answer(key: str | None) -> bytes:
+    """The ProcessingResponse that carries `key`; with None, one that changes nothing."""
+    answer = ProcessingResponse(request_body=BodyResponse())
+    if key is not None:
+        answer.dynamic_metadata.update({NAMESPACE: {"key": key}})
+    return answer.SerializeToString()
+
+
+class PickerServer:
+    """Answers Envoy from `picker`. `clock` gives seconds."""
+
+    def __init__(self, picker: Picker, metrics: PickerMetrics, clock: Callable[[], float]) -> None:
+        self._picker = picker
+        self._metrics = metrics
+        self._clock = clock
+        self._health = SERVING
+        self._said: dict[str, float] = {}  # kind of failure -> when it was logged
+        self._picks: dict[tuple[str, str], Counter] = {}
+        self._server = grpc.aio.server(options=OPTIONS)
+        self._server.add_generic_rpc_handlers((_Handlers(self._process, self._check),))
+
+    async def start(self, addresses: Sequence[str]) -> list[str]:
+        """Listen on `host:port` and `unix:/path` addresses; the same with the ports chosen for port 0."""
+        bound = [self._bind(address) for address in addresses]
+        await self._server.start()
+        return bound
+
+    def drain(self) -> None:
+        """Tell health checks to look elsewhere; requests are still answered."""
+        self._health = NOT_SERVING
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new streams, and give open ones `grace` seconds."""
+        await self._server.stop(grace)
+
+    def _bind(self, address: str) -> str:
+        try:
+            _probe(address)
+            port = self._server.add_insecure_port(address)
+        except (OSError, RuntimeError) as error:
+            raise AddressError(f"cannot listen on {address}: {_why(error)}") from None
+        if not address.startswith(UNIX):
+            return f"{address.rpartition(':')[0]}:{port}"
+        Path(address.removeprefix(UNIX)).chmod(SOCKET_MODE)
+        return address
+
+    async def _process(self, request: bytes, _context: object) -> bytes:
+        start = self._clock()
+        try:
+            key = self._pick(request, start)
+        except Exception as error:  # the top of a request: it fails open, whatever it was
+            self._failed(error, start)
+            key = None
+        answer = encode_answer(key)
+        self._metrics.pick_seconds.observe(self._clock() - start)
+        return answer
+
+    def _pick(self, data: bytes, now: float) -> str | None:
+        request = ProcessingRequest.FromString(data)
+        if not request.HasField("request_body"):
+            raise ValueError("no request_body: request_body_mode must be BUFFERED and the other modes SKIP or NONE")
+        attributes = request.attributes.get(FILTER)
+        cluster_name = attributes.fields["xds.cluster_name"].string_value if attributes is not None else ""
+        pick = self._picker.pick(cluster_name, request.request_body.body, now)
+        counter = self._picks.get((pick.pool, pick.reason))
+        if counter is None:
+            counter = self._picks[pick.pool, pick.reason] = self._metrics.picks.labels(pick.pool, pick.reason)
+        counter.inc()
+        return pick.key
+
+    def _failed(self, error: Exception, now: float) -> None:
+        kind = type(error).__name__
+        self._metrics.failures.labels(kind).inc()
+        if now - self._said.get(kind, -SAY_AGAIN) >= SAY_AGAIN:
+            self._said[kind] = now
+            log.error("pick failed", kind=kind, reason=str(error), exc_info=error)
+
+    async def _check(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        if request not in _HEALTH_REQUESTS:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
+        return self._health
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio ships no types
+    """The two methods, in raw bytes; any other is UNIMPLEMENTED."""
+
+    def __init__(
+        self,
+        process: Callable[[bytes, object], Awaitable[bytes]],
+        check: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]],
+    ) -> None:
+        self._methods = {
+            PROCESS: grpc.unary_unary_rpc_method_handler(process),
+            HEALTH: grpc.unary_unary_rpc_method_handler(check),
+        }
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._methods.get(handler_call_details.method)
+
+
+def _probe(address: str) -> None:
+    """Raise the OSError that listening on `address` would meet: gRPC writes its own to standard error."""
+    if address.startswith(UNIX):
+        path = Path(address.removeprefix(UNIX))
+        _clear_socket(path)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(path))
+        path.unlink()
+    else:
+        host, _, port = address.rpartition(":")
+        socket.create_server(
+            (host.strip("[]"), int(port)), family=socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        ).close()
+
+
+def _clear_socket(path: Path) -> None:
+    """Remove a dead picker's socket, or raise OSError for a living one's, which gRPC would remove as well."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        else:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _why(error: Exception) -> str:
+    """The system's own words; asyncio and socket repeat the address in theirs."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else str(error)
+
+
+async def serve_metrics(metrics: PickerMetrics, address: str) -> tuple[web.AppRunner, str]:
+    """`GET /metrics` on HOST:PORT; the runner to clean up, and the address with its port chosen for port 0."""
+
+    async def page(_request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.router.add_get("/metrics", page)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    host, _, port = address.rpartition(":")
+    try:
+        await web.TCPSite(runner, host.strip("[]"), int(port)).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise AddressError(f"cannot serve metrics on {address}: {_why(error)}") from None
+    return runner, f"{host}:{runner.addresses[0][1]}"

@@ -1,0 +1,223 @@
+"""picker/cost.py: where a prompt is cheapest."""
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from picker.cost import LEAK, PREFILL_RATE, STALE, UNKNOWN_CHUNKS, PodLoad, Pool, PoolLoad
+
+MANY = 1 << 20  # chunks: no bound in these tests
+POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
+
+
+def path(name: str, chunks: int) -> list[bytes]:
+    """Chained hashes of a prompt of `chunks` chunks."""
+    return [f"{name}{i}".encode() for i in range(chunks)]
+
+
+def pool(*pods: PodLoad, pickers: int = 1, now: float = 0.0) -> Pool:
+    """A pool with one report, read at `now`."""
+    made = Pool(Random(1).random, pickers)
+    made.update(PoolLoad("p", pods), MANY, now)
+    return made
+
+
+def pods(names: str, **fields: Any) -> list[PodLoad]:
+    return [replace(POD, hash_key=name, **fields) for name in names]
+
+
+def send(to: Pool, hashes: list[bytes], now: float = 0.0, *, tokens: int = 0, primary: str | None = None) -> str | None:
+    return to.pick(hashes, tokens or 512 * len(hashes) + 100, None, primary, now)
+
+
+def test_the_pod_that_has_seen_the_prefix_wins() -> None:
+    """Among equal idle pods a conversation stays where it began, and another may begin elsewhere."""
+    fleet = pool(*pods("abcd"))
+    first = send(fleet, path("x", 10), 0.0)
+    fleet.update(PoolLoad("p", tuple(pods("abcd"))), MANY, 2.0)
+    assert send(fleet, path("x", 12), 2.0) == first
+
+
+def test_an_overloaded_owner_loses() -> None:
+    """A prefix is worth its tokens: with enough running on the owner another pod is cheaper, with fewer it is not."""
+    for running, stays in ((1.0, True), (200.0, False)):
+        fleet = pool(*pods("ab"))
+        owner = send(fleet, path("x", 10), 0.0)
+        loads = tuple(replace(pod, running=running if pod.hash_key == owner else 0.0) for pod in pods("ab"))
+        fleet.update(PoolLoad("p", loads), MANY, 2.0)
+        assert (send(fleet, path("x", 10), 2.0) == owner) is stays
+
+
+@pytest.mark.parametrize(
+    ("other", "cheaper"),
+    [
+        # what a has: 1 running, a prompt of 1,000 tokens -> C = 1000 * 1.3 + 100 = 1,400
+        ({"waiting": 1.0}, None),  # waiting counts as running does: a tie
+        ({"running": 2.0}, "a"),
+        ({"running": 0.0}, "b"),
+        ({"running": 0.0, "kv_usage": 0.95, "kv_tokens": 10_000}, "a"),  # all beyond: 1000 + 2 * 1200 = 3,400
+        ({"running": 0.0, "kv_usage": 0.80, "kv_tokens": 10_000}, "b"),  # 8000 + 1200 fits into 9,500
+        ({"running": 0.0, "kv_usage": 0.82, "kv_tokens": 10_000}, "b"),  # 8200 + 1200 fits just so
+        ({"running": 0.0, "kv_usage": 0.86, "kv_tokens": 10_000}, "a"),  # 300 beyond: 1000 + 2 * 300 = 1,600
+        ({"running": 0.0, "kv_usage": 0.848, "kv_tokens": 10_000}, "b"),  # 180 beyond: 1,360
+        ({"running": 0.0, "kv_usage": 1.0, "kv_tokens": 0}, "b"),  # capacity unknown: no penalty
+    ],
+)
+def test_the_formula(other: dict[str, Any], cheaper: str | None) -> None:
+    """C in round numbers, each term on its own; a tie is broken at random."""
+    picks = set()
+    for seed in range(20):
+        made = Pool(Random(seed).random)
+        fields = {"waiting": 0.0, "running": 0.0} | other
+        made.update(PoolLoad("p", (replace(POD, running=1.0), replace(POD, hash_key="b", **fields))), MANY, 0.0)
+        picks.add(made.pick([], 1000, None, None, 0.0))
+    assert picks == ({cheaper} if cheaper else {"a", "b"})
+
+
+def test_a_pick_is_a_load_at_once() -> None:
+    """Before any new report the next request sees the last one's tokens (B) and its place in the batch (n)."""
+    fleet = pool(*pods("abcd"))
+    assert Counter(send(fleet, [], tokens=1000) for _ in range(40)) == Counter(dict.fromkeys("abcd", 10))
+
+
+def test_a_pick_fills_the_cache_at_once() -> None:
+    """The tokens of a pick count against the pod's KV cache before the next report."""
+    fleet = pool(
+        *(replace(POD, hash_key=name, kv_usage=0.8, kv_tokens=10_000, running=n) for name, n in (("a", 0), ("b", 5)))
+    )
+    # b costs 1000 * 2.5 + 500 = 3,000; a 1,000 at first, then 1000 + 1300 + 100, and 2 * 900 beyond its cache
+    assert [send(fleet, [], tokens=1000) for _ in range(2)] == ["a", "b"]
+
+
+def test_the_backlog_leaks_at_the_prefill_rate() -> None:
+    """B is gone after tokens / (LEAK * rate) seconds; just before that it still counts."""
+    for rate, known in ((0.0, PREFILL_RATE), (2000.0, 2000.0)):
+        gone = 10_000 / (LEAK * known)
+        for after, expected in ((gone * 0.9, "b"), (gone * 1.01, "a")):
+            loads = (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", prefill_rate=rate, running=10.0))
+            fleet = pool(*loads)
+            assert fleet.pick([], 10_000, None, None, 0.0) == "a"
+            fleet.update(PoolLoad("p", (loads[0], replace(loads[1], running=1.0))), MANY, after)
+            assert fleet.pick([], 1, None, None, after) == expected
+
+
+def test_sends_the_report_does_not_know_are_kept() -> None:
+    """A page read before a request was sent cannot show it; one read after it does, and it is not counted twice."""
+    for age, first in ((1.5, "b"), (0.5, "a")):
+        fleet = pool(POD, replace(POD, hash_key="b", running=1.0))
+        assert fleet.pick([], 100, None, None, 1.0) == "a"
+        fleet.update(
+            PoolLoad("p", (replace(POD, age=age), replace(POD, hash_key="b", running=0.5, age=age))), MANY, 2.0
+        )
+        assert fleet.pick([], 100, None, None, 2.0) == first
+
+
+def test_with_several_pickers_own_sends_count_for_all() -> None:
+    """E pickers are taken to send what this one sends: after one send the pod is E requests fuller."""
+    for pickers, second in ((1, "a"), (4, "b")):
+        fleet = pool(POD, replace(POD, hash_key="b", running=2.0), pickers=pickers)
+        picked = [fleet.pick([], 1, None, None, now) for now in (0.0, 1.0)]
+        assert picked == ["a", second]
+
+
+def test_the_primary_is_preferred_not_obeyed() -> None:
+    """PRIOR waives a fifth of the tokens alone, four fifths among several: new prefixes start on their primary."""
+    for seed in range(10):
+        made = Pool(Random(seed).random)
+        made.update(PoolLoad("p", tuple(pods("abcd"))), MANY, 0.0)
+        assert send(made, path("x", 4), primary="c") == "c"
+    for pickers, picked in ((1, "b"), (3, "a")):
+        fleet = pool(replace(POD, running=2.0), replace(POD, hash_key="b"), pickers=pickers)
+        assert send(fleet, [], tokens=1000, primary="a") == picked
+
+
+def test_a_removed_pod_is_never_picked() -> None:
+    """Not even by its own conversation; coming back it has seen nothing."""
+    fleet = pool(*pods("ab"))
+    owner = send(fleet, path("x", 10)) or ""
+    other = "b" if owner == "a" else "a"
+    fleet.update(PoolLoad("p", tuple(pods(other))), MANY, 1.0)
+    assert {send(fleet, path("x", 10), 1.0) for _ in range(20)} == {other}
+    fleet.update(PoolLoad("p", tuple(pods("ab"))), MANY, 100.0)
+    assert fleet.chunks == 10
+    assert send(fleet, path("x", 10), 100.0) == other
+
+
+@pytest.mark.parametrize("change", [{"start_time": 2.0}, {"address": "10.0.0.9:8000"}])
+def test_a_restart_forgets(change: dict[str, Any]) -> None:
+    """A new start time, or a new address under the old name, is an empty cache and an empty queue."""
+    pod = replace(POD, age=1.0)  # read before what is sent below
+    fleet = pool(pod)
+    send(fleet, path("x", 10))
+    fleet.update(PoolLoad("p", (replace(pod, start_time=0.0),)), MANY, 0.0)
+    assert fleet.chunks == 10  # a page without a start time says nothing
+    fleet.update(PoolLoad("p", (pod,)), MANY, 0.0)
+    assert fleet.chunks == 10
+    fleet.update(PoolLoad("p", (replace(pod, **change), replace(pod, hash_key="b", running=0.1))), MANY, 0.0)
+    assert fleet.chunks == 0
+    assert send(fleet, path("x", 10)) == "a"  # no backlog, no sends: cheaper than b
+
+
+def test_no_fresh_report_no_pick() -> None:
+    """Older than STALE, never read, or no pods at all: the caller falls back."""
+    assert send(pool(POD), [], STALE) == "a"
+    assert send(pool(POD), [], STALE + 0.1) is None
+    assert send(pool(replace(POD, age=STALE + 1)), [], 0.0) is None
+    assert send(pool(replace(POD, age=-1.0)), [], 0.0) is None
+    assert send(pool(), [], 0.0) is None
+    assert pool().read_at == float("-inf")
+    assert pool(replace(POD, age=3.0), replace(POD, hash_key="b", age=2.0), now=10.0).read_at == 8.0
+
+
+def test_a_blind_pod_takes_a_mean_share() -> None:
+    """One pod's unreadable page neither starves nor floods it."""
+    busy = [replace(pod, running=20.0) for pod in pods("abc")]
+    fleet = pool(*busy, replace(POD, hash_key="d", age=-1.0))
+    picks = Counter(send(fleet, [], tokens=500) for _ in range(20))
+    assert 3 <= picks["d"] <= 7
+
+
+def test_what_a_pod_has_seen_is_bounded_by_its_cache() -> None:
+    """The KV capacity over the chunk's tokens; a default when unknown; and the caller's bound."""
+    for kv_tokens, bound, held in ((51_200, MANY, 100), (0, MANY, UNKNOWN_CHUNKS), (1 << 62, 50, 50)):
+        fleet = pool(replace(POD, kv_tokens=kv_tokens))
+        fleet.update(PoolLoad("p", (replace(POD, kv_tokens=kv_tokens),)), bound, 0.0)
+        for i in range(20):
+            send(fleet, path(f"{i}-", 64))
+        assert fleet.chunks == held
+
+
+def test_a_short_answer_needs_less_room() -> None:
+    """max_tokens below the usual answer is believed, above it is not."""
+    for max_tokens, picked in ((1, "a"), (100_000, "b"), (None, "b")):
+        nearly_full = replace(POD, kv_usage=0.95, kv_tokens=100_000)  # each token beyond this one costs 2
+        fleet = pool(nearly_full, replace(POD, hash_key="b", running=2.0))
+        assert fleet.pick([], 10, max_tokens, None, 0.0) == picked
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 300), st.floats(0, 1), st.integers(0, 10**6), st.floats(-1, 30)), min_size=1, max_size=6
+    ),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8), st.floats(0, 3)), max_size=30),
+    st.integers(1, 4),
+)
+def test_a_pick_is_always_a_known_pod(
+    loads: list[tuple[float, float, int, float]], requests: list[tuple[int, int, float]], pickers: int
+) -> None:
+    """Whatever the loads and the order of things: one of the pods, or None exactly when none is fresh."""
+    report = PoolLoad(
+        "p", tuple(PodLoad(str(i), "", age, n, 0.0, kv, cap) for i, (n, kv, cap, age) in enumerate(loads))
+    )
+    fleet = pool(*report.pods, pickers=pickers)
+    now = 0.0
+    for family, chunks, pause in requests:
+        now += pause
+        picked = send(fleet, path(str(family), chunks), now)
+        fresh = any(pod.age >= 0 and now + pod.age <= STALE for pod in report.pods)
+        assert picked in {pod.hash_key for pod in report.pods} if fresh else picked is None

@@ -1,0 +1,284 @@
+"""picker/loads.py: the delta ADS client, against a small server that speaks the real wire."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from math import inf, nan
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from picker.cost import STALE, PodLoad, PoolLoad
+from picker.loads import METHOD, TYPE_URL, LoadsClient, Subscription, decode, watch
+from picker.metrics import PickerMetrics
+from picker.pick import Picker
+from xds.wire import discovery_pb2 as wire
+from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
+from xds.wire.load_pb2 import EndpointLoad
+from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
+
+POOL = "pool/default/qwen"
+
+
+def resource(name: str = POOL, version: str = "1", **endpoint: Any) -> Resource:
+    load = WirePoolLoad(name=name, endpoints=[EndpointLoad(**{"hash_key": "default/a"} | endpoint)])
+    return Resource(name=name, version=version, resource=wire.Any(type_url=TYPE_URL, value=load.SerializeToString()))
+
+
+def response(nonce: str, *resources: Resource, removed: tuple[str, ...] = ()) -> DeltaDiscoveryResponse:
+    return DeltaDiscoveryResponse(
+        type_url=TYPE_URL,
+        nonce=nonce,
+        resources=[one.SerializeToString() for one in resources],
+        removed_resources=removed,
+    )
+
+
+class FakeServer:
+    """An ADS server whose test sends responses by hand; `requests` has what clients said."""
+
+    def __init__(self) -> None:
+        self.requests: asyncio.Queue[DeltaDiscoveryRequest] = asyncio.Queue()
+        self.responses: asyncio.Queue[bytes | None] = asyncio.Queue()  # None ends the stream
+
+    async def start(self, address: str = "127.0.0.1:0") -> None:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        handler = grpc.stream_stream_rpc_method_handler(self._stream)
+        service, method = METHOD.removeprefix("/").split("/")
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(address)}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        async def read() -> None:
+            async for data in requests:
+                self.requests.put_nowait(DeltaDiscoveryRequest.FromString(data))
+
+        reader = asyncio.create_task(read())
+        try:
+            while (data := await self.responses.get()) is not None:
+                await context.write(data)
+        finally:
+            reader.cancel()
+
+    def send(self, message: DeltaDiscoveryResponse) -> None:
+        self.responses.put_nowait(message.SerializeToString())
+
+    async def request(self) -> DeltaDiscoveryRequest:
+        async with asyncio.timeout(20):
+            return await self.requests.get()
+
+
+class Follower:
+    """A client at work, with the picker it informs."""
+
+    def __init__(self, address: str) -> None:
+        self.waits = asyncio.Semaphore(0)
+        self.picker = Picker(lambda: 0.0)
+        self.metrics = PickerMetrics()
+        self.client = LoadsClient(
+            address, self.picker, self.metrics, node_id="picker-1", clock=lambda: 100.0, random=self._wait
+        )
+
+    def _wait(self) -> float:
+        """The client asks for randomness when it is about to wait for its next attempt."""
+        self.waits.release()
+        return 1.0
+
+    @property
+    def connected(self) -> float | None:
+        return self.metrics.registry.get_sample_value("vllm_xds_picker_server_connected")
+
+
+@asynccontextmanager
+async def following(server: FakeServer) -> AsyncIterator[Follower]:
+    follower = Follower(server.address)
+    task = asyncio.create_task(follower.client.run())
+    try:
+        yield follower
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await server.stop()
+
+
+async def test_a_wildcard_subscription_that_acks() -> None:
+    """The first request names the node and asks for everything; each response is ACKed by its nonce alone, once."""
+    server = FakeServer()
+    await server.start()
+    async with following(server) as follower:
+        first = await server.request()
+        assert first.node.id == "picker-1"
+        assert first.type_url == TYPE_URL
+        assert not first.resource_names_subscribe
+        assert not first.initial_resource_versions
+        for nonce in ("n1", "n2"):
+            server.send(response(nonce, resource(version=nonce, age=2.0)))
+            assert await server.request() == DeltaDiscoveryRequest(type_url=TYPE_URL, response_nonce=nonce)
+            assert follower.picker.read_at() == {POOL: 98.0}
+        assert follower.connected == 1
+        server.send(response("n3", removed=(POOL, "never known")))
+        assert (await server.request()).response_nonce == "n3"
+        assert follower.picker.read_at() == {}
+        assert server.requests.empty()  # and nothing more is sent
+
+
+async def test_it_reconnects_with_what_it_has() -> None:
+    """After the stream's end, and after the server's: the versions held are named, the loads stay, and it is logged."""
+    server = FakeServer()
+    await server.start()
+    with capture_logs() as logs:
+        async with following(server) as follower:
+            await server.request()
+            server.send(response("n1", resource(version="7"), resource("pool/default/llama", "8")))
+            await server.request()
+            server.send(response("n2", removed=("pool/default/llama",)))
+            await server.request()
+            server.responses.put_nowait(None)
+            again = await server.request()
+            assert again.node.id == "picker-1"
+            assert dict(again.initial_resource_versions) == {POOL: "7"}
+            await server.stop()
+            assert list(follower.picker.read_at()) == [POOL]
+            await server.start(server.address)
+            assert dict((await server.request()).initial_resource_versions) == {POOL: "7"}
+    assert [line["event"] for line in logs] == ["server connected", "server lost"] * 2 + ["server connected"]
+
+
+async def test_a_server_that_is_not_there_yet() -> None:
+    """Said once, not at each attempt; found when it comes."""
+    server = FakeServer()
+    await server.start()
+    await server.stop()
+    with capture_logs() as logs:
+        async with following(server) as follower, asyncio.timeout(20):
+            for _ in range(2):
+                await follower.waits.acquire()
+            await server.start(server.address)
+            await server.request()
+    assert [line["event"] for line in logs] == ["server unreachable", "server connected"]
+
+
+async def test_a_bad_resource_is_refused_and_the_good_one_beside_it_counts() -> None:
+    """NACK with a reason, logged once however often it comes; its version is not held; the stream goes on."""
+    server = FakeServer()
+    await server.start()
+    with capture_logs() as logs:
+        async with following(server) as follower:
+            await server.request()
+            for nonce in ("n1", "n2"):
+                server.send(response(nonce, resource("pool/default/bad", running=-1.0), resource()))
+                nack = await server.request()
+                assert nack.response_nonce == nonce
+                assert nack.error_detail.code == 3
+                assert nack.error_detail.message == "pool/default/bad: default/a: running is -1.0"
+            assert list(follower.picker.read_at()) == [POOL]
+            server.responses.put_nowait(None)
+            assert dict((await server.request()).initial_resource_versions) == {POOL: "1"}
+    assert [line["event"] for line in logs].count("load report refused") == 1
+
+
+async def test_bytes_that_are_no_response_end_the_stream_only() -> None:
+    """A server that speaks something else is left, and tried again."""
+    server = FakeServer()
+    await server.start()
+    async with following(server):
+        await server.request()
+        server.responses.put_nowait(b"\xff\xff\xff")
+        assert (await server.request()).node.id == "picker-1"
+
+
+def test_another_type_is_refused() -> None:
+    """A response nobody asked for is NACKed under its own type and changes nothing."""
+    outcome = Subscription("me").receive(DeltaDiscoveryResponse(type_url="other", nonce="n", resources=[b"\xff"]))
+    assert outcome.request.type_url == "other"
+    assert outcome.request.error_detail.message == "type other was not asked for"
+    assert (outcome.loads, outcome.removed) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"hash_key": ""},
+        {"running": nan},
+        {"waiting": inf},
+        {"kv_usage": -0.1},
+        {"age": nan},
+        {"prefill_rate": -inf},
+        {"start_time": -1.0},
+    ],
+)
+def test_impossible_values_are_refused(bad: dict[str, Any]) -> None:
+    """A NaN in a cost would make every comparison false; none gets in."""
+    with pytest.raises(ValueError, match=POOL):
+        decode(resource(**bad))
+
+
+def test_a_report_that_is_not_what_it_says() -> None:
+    """Another name, another type, the same pod twice, bytes that are no message."""
+    whole = resource()
+    twice = WirePoolLoad(name=POOL, endpoints=[EndpointLoad(hash_key="a"), EndpointLoad(hash_key="a")])
+    for broken in (
+        Resource(name=POOL, resource=wire.Any(type_url=TYPE_URL, value=b"\xff")),
+        Resource(name="other", resource=whole.resource),
+        Resource(resource=wire.Any(type_url=TYPE_URL)),
+        Resource(name=POOL, resource=wire.Any(type_url="other", value=whole.resource.value)),
+        Resource(name=POOL, resource=wire.Any(type_url=TYPE_URL, value=twice.SerializeToString())),
+    ):
+        outcome = Subscription("me").receive(response("n", broken))
+        assert outcome.refusal
+        assert outcome.loads == ()
+
+
+def test_every_field_arrives() -> None:
+    """The picker's value has what the wire says."""
+    fields: dict[str, Any] = {
+        "address": "10.0.0.1:8000",
+        "age": -1.0,
+        "running": 1.0,
+        "waiting": 2.0,
+        "kv_usage": 0.5,
+        "kv_tokens": 2**64 - 1,
+        "prefill_rate": 3.0,
+        "start_time": 4.0,
+    }
+    assert decode(resource(**fields)) == PoolLoad(POOL, (PodLoad("default/a", **fields),))
+
+
+async def test_staleness_is_said_when_it_changes() -> None:
+    """One line when a pool's loads go stale and one when they are fresh again, and the age as a metric.
+
+    A pool not read yet is given as long.
+    """
+    picker, metrics, now = Picker(lambda: 0.0), PickerMetrics(), 0.0
+    picker.update(PoolLoad(POOL, (PodLoad("a", age=-1.0),)), 0.0)
+    looks = asyncio.Queue[float]()
+
+    def clock() -> float:
+        looks.put_nowait(now)
+        return now
+
+    with capture_logs() as logs:
+        task = asyncio.create_task(watch(picker, metrics, clock, every=0.001))
+        for now in (1.0, STALE + 1, STALE + 2):
+            while await looks.get() != now:
+                pass
+        picker.update(PoolLoad(POOL, (PodLoad("a"),)), STALE + 3)
+        now = STALE + 3
+        while await looks.get() != now:
+            pass
+        age = metrics.registry.get_sample_value("vllm_xds_picker_load_age_seconds", {"pool": POOL})
+        picker.forget(POOL)
+        now = STALE + 4
+        while await looks.get() != now:
+            pass
+        await looks.get()
+        task.cancel()
+    assert [line["event"] for line in logs] == ["pool load stale", "pool load fresh"]
+    assert age == 0.0
+    assert metrics.registry.get_sample_value("vllm_xds_picker_load_age_seconds", {"pool": POOL}) is None

@@ -1,0 +1,46 @@
+"""picker/wire/ext_proc.proto: the subset says the same bytes as Envoy's full messages."""
+
+from envoy_data_plane.envoy.service.ext_proc import v3
+from envoy_data_plane.google.protobuf import Struct, Value
+
+from picker.server import FILTER, encode_answer
+from picker.wire.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
+
+
+def test_requests() -> None:
+    """Envoy's request is read, fields we do not know included, and ours is read by the full message."""
+    full = v3.ProcessingRequest(
+        request_body=v3.HttpBody(body=b"{}", end_of_stream=True),
+        attributes={FILTER: Struct(fields={"xds.cluster_name": Value(string_value="pool/default/qwen")})},
+        protocol_config=v3.ProtocolConfiguration(send_body_without_waiting_for_header_response=True),
+    )
+    subset = ProcessingRequest.FromString(bytes(full))
+    assert subset.request_body.body == b"{}"
+    assert subset.request_body.end_of_stream
+    assert subset.attributes[FILTER].fields["xds.cluster_name"].string_value == "pool/default/qwen"
+    ours = ProcessingRequest(request_body=subset.request_body, attributes=subset.attributes)
+    full.protocol_config = None
+    assert ours.SerializeToString() == bytes(full)
+    assert v3.ProcessingRequest.parse(ours.SerializeToString()) == full
+
+
+def test_headers_are_not_a_body() -> None:
+    """A message of another mode has no request_body: it is told apart from an empty one."""
+    headers = v3.ProcessingRequest(request_headers=v3.HttpHeaders(end_of_stream=True))
+    assert not ProcessingRequest.FromString(bytes(headers)).HasField("request_body")
+    empty = v3.ProcessingRequest(request_body=v3.HttpBody())
+    assert ProcessingRequest.FromString(bytes(empty)).HasField("request_body")
+
+
+def test_responses() -> None:
+    """The answer is a present, empty BodyResponse, and the key in dynamic metadata or none at all."""
+    full = v3.ProcessingResponse(
+        request_body=v3.BodyResponse(),
+        dynamic_metadata=Struct(
+            fields={"picker": Value(struct_value=Struct(fields={"key": Value(string_value="default/a_0")}))}
+        ),
+    )
+    assert encode_answer("default/a_0") == bytes(full)
+    assert v3.ProcessingResponse.parse(encode_answer("default/a_0")) == full
+    assert encode_answer(None) == bytes(v3.ProcessingResponse(request_body=v3.BodyResponse())) == b"\x1a\x00"
+    assert ProcessingResponse.FromString(bytes(full)).SerializeToString() == bytes(full)

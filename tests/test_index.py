@@ -1,0 +1,193 @@
+"""Index: the last good version of an object outlives what is wrong, and nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xds.index import Index, Reading
+from xds.model import INFERENCE_X, Config, Criticality, InferenceModel, Level, Meta, ObjectRef, Pod, Rejection
+from xds.parse import Parsed, parse
+
+
+def _ref(name: str, kind: str = "Pod") -> ObjectRef:
+    return ObjectRef("" if kind == "Pod" else INFERENCE_X, kind, "default", name)
+
+
+def _pod(name: str, source: str, ip: str = "10.0.0.1", created: str = "") -> Parsed:
+    """A good document of one pod."""
+    ref = _ref(name)
+    pod = Pod(Meta(ref, created, source=source), ip, ready=True, deleting=False, ports={})
+    return Parsed(source, ref, pod)
+
+
+def _bad(name: str, source: str) -> Parsed:
+    """A document whose object is known and rejected."""
+    return Parsed(source, _ref(name), None, (Rejection(_ref(name), "Invalid", "no", "spec", source),))
+
+
+def _nameless(source: str) -> Parsed:
+    """A document nobody can say whose it is."""
+    return Parsed(source, rejections=(Rejection(None, "InvalidYAML", "no", source=source),))
+
+
+def _served(config: Config) -> list[str]:
+    return [f"{pod.meta.ref.name}@{pod.ip}" for pod in config.pods]
+
+
+def test_whole_new_reading_replaces_the_old() -> None:
+    """An object of no document is gone, a new version replaces the old one, and the old index is as it was."""
+    first = Index().update(Reading((_pod("a", "f:1"), _pod("b", "f:2"))))
+    second = first.update(Reading((_pod("b", "f:1", "10.0.0.2"), _pod("c", "f:2"))))
+    assert _served(second.config()) == ["b@10.0.0.2", "c@10.0.0.1"]
+    assert _served(first.config()) == ["a@10.0.0.1", "b@10.0.0.1"]
+
+
+def test_rejected_object_keeps_its_last_good_version() -> None:
+    """As often as it is read again; the rejection says that the old version is served. Mended, it is replaced."""
+    index = Index().update(Reading((_pod("a", "f:1"),)))
+    for _ in range(2):
+        index = index.update(Reading((_bad("a", "f:1"),)))
+        assert _served(index.config()) == ["a@10.0.0.1"]
+        (rejection,) = index.config().rejections
+        assert rejection.message == "no; its last good version is served"
+    index = index.update(Reading((_pod("a", "f:1", "10.0.0.9"),)))
+    assert _served(index.config()) == ["a@10.0.0.9"]
+    assert index.config().rejections == ()
+
+
+def test_rejected_object_without_a_past_is_not_served() -> None:
+    """There is nothing to fall back to, and the message does not claim it."""
+    config = Index().update(Reading((_bad("a", "f:1"),))).config()
+    assert _served(config) == []
+    assert config.rejections[0].message == "no"
+
+
+def test_objects_of_an_unreadable_file_stay() -> None:
+    """Of that file and of an unreadable directory all below it; objects of other files do not."""
+    index = Index().update(Reading((_pod("a", "f.yaml:1"), _pod("b", "d/g.yaml:1"), _pod("c", "dd.yaml:1"))))
+    after = index.update(Reading(unreadable=frozenset({"f.yaml", "d"})))
+    assert _served(after.config()) == ["a@10.0.0.1", "b@10.0.0.1"]
+    assert _served(index.update(Reading()).config()) == []
+
+
+def test_nameless_document_keeps_the_objects_of_its_file() -> None:
+    """It may be the one that is missing; an object that has moved to another file is served from there."""
+    index = Index().update(Reading((_pod("a", "f:1"), _pod("b", "f:9"), _pod("c", "g:1"))))
+    after = index.update(Reading((_nameless("f:1"), _pod("b", "h:1", "10.0.0.7"))))
+    assert _served(after.config()) == ["a@10.0.0.1", "b@10.0.0.7"]
+    gone = after.update(Reading((_pod("b", "h:1"),)))
+    assert _served(gone.config()) == ["b@10.0.0.1"]
+
+
+def test_document_of_others_or_a_warning_keeps_nothing() -> None:
+    """A ConfigMap, or a kind that is only warned of, in the file does not hold deleted objects."""
+    index = Index().update(Reading((_pod("a", "f:1"),)))
+    warning = Rejection(None, "UnsupportedKind", "w", level=Level.WARNING)
+    after = index.update(Reading((Parsed("f:1"), Parsed("f:2", rejections=(warning,)))))
+    assert _served(after.config()) == []
+    assert after.config().rejections == (warning,)
+
+
+def test_first_of_two_documents_is_served() -> None:
+    """In reading order, with a rejection of the other that names the first's place; the warnings of the first stay."""
+    warned = replace(_pod("a", "f:1"), rejections=(Rejection(_ref("a"), "W", "w", level=Level.WARNING),))
+    config = Index().update(Reading((warned, _pod("a", "f:5", "10.0.0.2"), _bad("a", "g:1")))).config()
+    assert _served(config) == ["a@10.0.0.1"]
+    duplicates = [each for each in config.rejections if each.reason == "Duplicate"]
+    assert [each.source for each in duplicates] == ["f:5", "g:1"]
+    assert duplicates[0].message == "already defined at f:1, which is served"
+    assert len(config.rejections) == 3
+
+
+def test_order_of_a_config() -> None:
+    """Objects by age, then name; rejections by file and line number; every document of every kind in its place."""
+    documents = (
+        _pod("z", "f:1", created="2025-01-01T00:00:00Z"),
+        _pod("b", "f:2"),
+        _pod("a", "f:3"),
+        _pod("y", "f:4", created="2024-01-01T00:00:00Z"),
+    )
+    rejections = tuple(Rejection(None, "R", "m", source=source) for source in ("f:10", "f:9", "e:11", "", "f"))
+    config = Index().update(Reading(documents, rejections)).config()
+    assert [pod.meta.ref.name for pod in config.pods] == ["y", "z", "a", "b"]
+    assert [each.source for each in config.rejections] == ["", "e:11", "f", "f:9", "f:10"]
+    assert config == Index().update(Reading(documents[::-1], rejections[::-1])).config()
+
+
+def test_oldest_model_of_a_name_wins() -> None:
+    """Of InferenceModels for one model name of one pool the oldest is served; another pool is another matter."""
+
+    def model(name: str, created: str, pool: str = "p") -> Parsed:
+        meta = Meta(_ref(name, "InferenceModel"), created, source=f"f:{name}")
+        served = InferenceModel(meta, "qwen", Criticality.STANDARD, (), _ref(pool, "InferencePool"))
+        return Parsed(meta.source, meta.ref, served)
+
+    young, old = model("young", "2025-01-01T00:00:00Z"), model("old", "2024-01-01T00:00:00Z")
+    config = Index().update(Reading((young, old, model("other", "", "q")))).config()
+    assert [each.meta.ref.name for each in config.models] == ["old", "other"]
+    (conflict,) = config.rejections
+    assert (conflict.ref, conflict.reason, conflict.field) == (young.ref, "Conflicted", "spec.modelName")
+    assert conflict.message.startswith("InferenceModel default/old is older")
+
+
+def test_every_kind_reaches_its_field() -> None:
+    """A parsed object of each kind is in exactly one tuple of the Config."""
+    x = {"metadata": {"name": "x"}}
+    gateway, inference = "gateway.networking.k8s.io/v1", "inference.networking.x-k8s.io/v1alpha2"
+    target = {"group": "g", "kind": "K", "namespace": "n"}
+    documents: list[dict[str, Any]] = [
+        {"apiVersion": gateway, "kind": "GatewayClass", "spec": {"controllerName": "a.b/c"}},
+        {
+            "apiVersion": gateway,
+            "kind": "Gateway",
+            "spec": {"gatewayClassName": "c", "listeners": [{"name": "h", "port": 1, "protocol": "HTTP"}]},
+        },
+        {"apiVersion": gateway, "kind": "HTTPRoute", "spec": {}},
+        {
+            "apiVersion": gateway,
+            "kind": "ReferenceGrant",
+            "spec": {"from": [target], "to": [{"group": "", "kind": "S"}]},
+        },
+        {
+            "apiVersion": "gateway.envoyproxy.io/v1alpha1",
+            "kind": "BackendTrafficPolicy",
+            "spec": {"targetRefs": [{"group": gateway[:-3], "kind": "Gateway", "name": "x"}]},
+        },
+        {"apiVersion": "v1", "kind": "Service", "spec": {}},
+        {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"},
+        {"apiVersion": "v1", "kind": "Pod"},
+        {"apiVersion": inference, "kind": "InferencePool", "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}},
+        {"apiVersion": inference, "kind": "InferenceModel", "spec": {"modelName": "m", "poolRef": {"name": "x"}}},
+    ]
+    config = Index().update(Reading(tuple(parse(x | document) for document in documents))).config()
+    assert config.rejections == ()
+    for name in Config.__slots__:
+        assert len(getattr(config, name)) == (name != "rejections"), name
+
+
+_DOCUMENTS = st.builds(
+    lambda make, name, line: make(name, f"f:{line}"),
+    st.sampled_from([_pod, _bad, lambda _, source: _nameless(source)]),
+    st.sampled_from("abc"),
+    st.integers(1, 9),
+)
+
+
+@given(st.lists(st.lists(_DOCUMENTS, max_size=5), max_size=5))
+def test_served_objects_always_were_accepted(readings: list[list[Parsed]]) -> None:
+    """Over any readings: each good first document is served, and whatever else is served was served before."""
+    index = Index()
+    for documents in readings:
+        before, index = index, index.update(Reading(tuple(documents)))
+        first = {each.ref: each for each in reversed(documents) if each.ref}
+        for ref, each in first.items():
+            if each.object:
+                assert index.objects[ref] is each.object
+        for ref, served in index.objects.items():
+            assert served is (first[ref].object if ref in first else None) or served is before.objects[ref]
+        bad = {each.ref for each in documents if each.rejections}
+        assert bad <= {each.ref for each in index.rejections}

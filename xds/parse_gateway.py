@@ -1,0 +1,119 @@
+"""GatewayClass, Gateway, ReferenceGrant and Envoy Gateway's BackendTrafficPolicy.
+
+Schemas: the CRDs of kubernetes-sigs/gateway-api v1.6.1 (standard channel), with the rules they state in CEL, and
+`BackendTrafficPolicy` of envoyproxy/gateway.
+"""
+
+from __future__ import annotations
+
+import re
+
+from xds.fields import GROUP, HOSTNAME, KIND, LABEL_VALUE, NAME, NAMESPACE, OBJECT_NAME, Reader, Text, describe
+from xds.model import (
+    GATEWAY,
+    AllowedRoutes,
+    BackendTrafficPolicy,
+    Gateway,
+    GatewayClass,
+    Listener,
+    Meta,
+    ObjectRef,
+    ReferenceGrant,
+)
+
+MAX_TARGETS = 64  # of one policy; Envoy Gateway sets no limit, a Gateway has as many listeners
+
+_CONTROLLER = Text("a domain/path", 253, re.compile(r"[a-z0-9.-]+/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"))
+_PROTOCOL = Text("a protocol", 255, re.compile(r"[A-Za-z0-9./-]+"))
+
+
+def read_gateway_class(document: Reader, meta: Meta) -> GatewayClass:
+    spec = document.child("spec")
+    spec.skip("description")
+    return GatewayClass(meta, spec.text("controllerName", _CONTROLLER))
+
+
+def read_gateway(document: Reader, meta: Meta) -> Gateway:
+    """A listener whose protocol is not HTTP is dropped with a rejection; the others are served."""
+    spec = document.child("spec")
+    readers = spec.children("listeners", most=64, least=1)
+    listeners = [listener for reader in readers if (listener := _read_listener(reader))]
+    names = [reader.text("name", NAME) for reader in readers]
+    if len(set(names)) < len(names):
+        raise spec.error("listeners", "expected names that differ")
+    if len({(each.port, each.hostname) for each in listeners}) < len(listeners):
+        raise spec.error("listeners", "expected combinations of port, protocol and hostname that differ")
+    return Gateway(meta, spec.text("gatewayClassName", OBJECT_NAME), tuple(listeners))
+
+
+def _read_listener(reader: Reader) -> Listener | None:
+    name = reader.text("name", NAME)
+    port = reader.port("port")
+    protocol = reader.text("protocol", _PROTOCOL)
+    if protocol != "HTTP":
+        reader.skip()
+        message = f"expected HTTP, found {describe(protocol)}; listener {name} is not served"
+        reader.reject("protocol", message, "UnsupportedProtocol")
+        return None
+    if reader.get("tls") is not None:
+        raise reader.error("tls", "expected no TLS on an HTTP listener")
+    return Listener(
+        name, port, protocol, reader.text("hostname", HOSTNAME, ""), _read_allowed(reader.child("allowedRoutes"))
+    )
+
+
+def _read_allowed(reader: Reader) -> AllowedRoutes:
+    namespaces = reader.child("namespaces")
+    allowed = namespaces.choice("from", ("All", "Selector", "Same", "None"), "Same")
+    selector = namespaces.child("selector")
+    labels = selector.texts_by_key("matchLabels", 64, LABEL_VALUE)
+    kinds = tuple((kind.text("group", GROUP, GATEWAY), kind.text("kind", KIND)) for kind in reader.children("kinds", 8))
+    if allowed == "Selector" and selector.get("matchExpressions"):
+        # Without its expressions the selector would let more namespaces in than its author wrote.
+        selector.reject("matchExpressions", "not supported; no route is allowed", "UnsupportedValue")
+        allowed = "None"
+    return AllowedRoutes(allowed, labels, kinds)
+
+
+def read_reference_grant(document: Reader, meta: Meta) -> ReferenceGrant:
+    spec = document.child("spec")
+    sources = tuple(
+        (source.text("group", GROUP), source.text("kind", KIND), source.text("namespace", NAMESPACE))
+        for source in spec.children("from", most=16, least=1)
+    )
+    targets = tuple(
+        (target.text("group", GROUP), target.text("kind", KIND), target.text("name", OBJECT_NAME, ""))
+        for target in spec.children("to", most=16, least=1)
+    )
+    return ReferenceGrant(meta, sources, targets)
+
+
+def read_traffic_policy(document: Reader, meta: Meta) -> BackendTrafficPolicy:
+    """Its HTTP and TCP timeouts; every other field of the policy is ignored with a warning."""
+    spec = document.child("spec")
+    timeout = spec.child("timeout")
+    http, tcp = timeout.child("http"), timeout.child("tcp")
+    readers = (
+        [spec.child("targetRef")] if spec.get("targetRef") is not None else spec.children("targetRefs", MAX_TARGETS)
+    )
+    if not readers and spec.get("targetSelectors") is None:
+        raise spec.error("targetRefs", "expected at least one target")
+    return BackendTrafficPolicy(
+        meta,
+        tuple(target for reader in readers if (target := _read_target(reader, meta.ref.namespace))),
+        request_timeout=http.duration("requestTimeout"),
+        stream_idle_timeout=http.duration("streamIdleTimeout"),
+        connection_idle_timeout=http.duration("connectionIdleTimeout"),
+        connect_timeout=tcp.duration("connectTimeout"),
+    )
+
+
+def _read_target(reader: Reader, namespace: str) -> tuple[ObjectRef, str] | None:
+    group, kind = reader.text("group", GROUP), reader.text("kind", KIND)
+    name, section = reader.text("name", OBJECT_NAME), reader.text("sectionName", NAME, "")
+    if (group, kind) not in ((GATEWAY, "Gateway"), (GATEWAY, "HTTPRoute")):
+        reader.reject(
+            "kind", f"expected Gateway or HTTPRoute, found {describe(kind)}; not applied to it", "UnsupportedValue"
+        )
+        return None
+    return ObjectRef(group, kind, namespace, name), section

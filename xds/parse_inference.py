@@ -1,0 +1,88 @@
+"""InferencePool and InferenceModel, in every generation a cluster may still have.
+
+Schemas: the CRDs of kubernetes-sigs/gateway-api-inference-extension, v1.6.0 for `inference.networking.k8s.io` and
+v0.5.1 for `inference.networking.x-k8s.io`.
+"""
+
+from __future__ import annotations
+
+from xds.fields import GROUP, KIND, LABEL_VALUE, OBJECT_NAME, Reader, Text, describe
+from xds.model import INFERENCE_X, Criticality, InferenceModel, InferencePool, Meta, ObjectRef, Strategy
+
+STRATEGY_ANNOTATION = "inference.networking.x-k8s.io/routing-strategy"
+
+_MODEL_NAME = Text("a model's name", 256)
+
+
+def read_pool(document: Reader, meta: Meta) -> InferencePool:
+    """inference.networking.k8s.io/v1: one to eight ports, each a rank with an endpoint of its own."""
+    spec = document.child("spec")
+    selector = _read_selector(spec.child("selector"), "matchLabels")
+    ports = tuple(port.port("number") for port in spec.children("targetPorts", most=8, least=1))
+    if len(set(ports)) < len(ports):
+        raise spec.error("targetPorts", "expected ports that differ")
+    http2 = spec.choice("appProtocol", ("http", "kubernetes.io/h2c"), "http") == "kubernetes.io/h2c"
+    return InferencePool(
+        meta, selector, ports, _read_strategy(document, meta), http2, _read_extension(spec, "endpointPickerRef")
+    )
+
+
+def read_pool_x(document: Reader, meta: Meta) -> InferencePool:
+    """inference.networking.x-k8s.io/v1alpha2 and v1alpha1.
+
+    Their CRDs require extensionRef; here it may be left out, as since v1.6 of the extension: the picker is our own.
+    """
+    spec = document.child("spec")
+    selector = _read_selector(spec, "selector")
+    ports = (spec.port("targetPortNumber"),)
+    return InferencePool(
+        meta, selector, ports, _read_strategy(document, meta), extension=_read_extension(spec, "extensionRef")
+    )
+
+
+def _read_selector(reader: Reader, key: str) -> dict[str, str]:
+    labels = reader.texts_by_key(key, 64, LABEL_VALUE)
+    if not labels:  # it would take in every pod of the namespace, model servers or not
+        raise reader.error(key, "expected at least one label")
+    return labels
+
+
+def _read_strategy(document: Reader, meta: Meta) -> Strategy:
+    value = meta.annotations.get(STRATEGY_ANNOTATION, Strategy.DEFAULT)
+    try:
+        return Strategy(value)
+    except ValueError:
+        message = f"expected {' or '.join(Strategy)}, found {describe(value)}; DEFAULT is served"
+        document.warn(f"metadata.annotations[{STRATEGY_ANNOTATION}]", message, "UnknownStrategy")
+        return Strategy.DEFAULT
+
+
+def _read_extension(spec: Reader, key: str) -> str:
+    """The picker's name, "" when the pool names none; its port and failure mode have no meaning for our own picker."""
+    if spec.get(key) is None:
+        return ""
+    extension = spec.child(key)
+    extension.skip("group", "kind", "port", "portNumber", "failureMode")
+    return extension.text("name", OBJECT_NAME)
+
+
+def read_model(document: Reader, meta: Meta) -> InferenceModel:
+    """inference.networking.x-k8s.io/v1alpha2 and v1alpha1; targets without weights share equally."""
+    spec = document.child("spec")
+    pool = spec.child("poolRef")
+    targets = spec.children("targetModels", most=10)
+    weighted = sum(target.get("weight") is not None for target in targets)
+    if weighted not in (0, len(targets)):
+        raise spec.error("targetModels", "expected a weight for every target, or for none")
+    return InferenceModel(
+        meta,
+        spec.text("modelName", _MODEL_NAME),
+        Criticality(spec.choice("criticality", [each.value for each in Criticality], Criticality.STANDARD.value)),
+        tuple((target.text("name", _MODEL_NAME), target.integer("weight", 1, 1_000_000, 1)) for target in targets),
+        ObjectRef(
+            pool.text("group", GROUP, INFERENCE_X),
+            pool.text("kind", KIND, "InferencePool"),
+            meta.ref.namespace,
+            pool.text("name", OBJECT_NAME),
+        ),
+    )

@@ -59,6 +59,13 @@ static_resources:
             address:
               socket_address: {{address: {server_host}, port_value: {server_port}}}
 
+layered_runtime:
+  layers:
+  - name: static
+    static_layer:
+      # Envoy refuses all routes for one regular expression of more than 100 RE2 instructions; HTTPRoutes have larger ones.
+      re2.max_program_size.error_level: 4294967295
+
 overload_manager:
   resource_monitors:
   - name: envoy.resource_monitors.global_downstream_max_connections

@@ -1,0 +1,99 @@
+"""Versions are content, equal content is shared, and a reference to nothing is found."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.ads_client import resource
+from xds.snapshot import (
+    CLUSTER,
+    ENDPOINT,
+    LISTENER,
+    POOL_LOAD,
+    TYPES,
+    Snapshot,
+    label,
+    make_resource,
+    missing,
+    version_of,
+)
+from xds.wire import discovery_pb2 as wire
+
+
+def test_resource_is_encoded_for_both_variants() -> None:
+    """`any` and `entry` carry the same body, type and version, each as its variant wants it."""
+    made = make_resource(CLUSTER, "a", b"body", [(ENDPOINT, "a")])
+    body = wire.Any(type_url=CLUSTER, value=b"body")
+    assert wire.Any.FromString(made.any) == body
+    assert wire.Resource.FromString(made.entry) == wire.Resource(name="a", version=made.version, resource=body)
+    assert made.refs == ((ENDPOINT, "a"),)
+
+
+def test_version_is_the_content() -> None:
+    """Equal bodies have equal versions on every server, for good: this one is written out. Others differ."""
+    assert make_resource(CLUSTER, "a", b"body").version == "06b721c380b2160c50903e9f6c636b28"
+    assert make_resource(CLUSTER, "a", b"other").version != make_resource(CLUSTER, "a", b"body").version
+
+
+@given(st.dictionaries(st.text(max_size=3), st.binary(max_size=3), max_size=5), st.randoms(use_true_random=False))
+def test_order_does_not_matter(bodies: dict[str, bytes], random: object) -> None:
+    """However resources are given, they are sorted and their version is the same."""
+    given_resources = [make_resource(CLUSTER, name, body) for name, body in bodies.items()]
+    ordered = Snapshot.of({CLUSTER: given_resources})
+    shuffled = list(given_resources)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    again = Snapshot.of({CLUSTER: shuffled})
+    assert list(again.resources[CLUSTER]) == sorted(bodies)
+    assert again.versions == ordered.versions
+    assert again.versions[CLUSTER] == version_of({made.name: made for made in shuffled})
+
+
+def test_names_count_in_the_version() -> None:
+    """Two sets with the same bodies under other names are other sets."""
+    one = {"a": make_resource(CLUSTER, "a", b"x"), "b": make_resource(CLUSTER, "b", b"y")}
+    two = {"a": make_resource(CLUSTER, "a", b"y"), "b": make_resource(CLUSTER, "b", b"x")}
+    assert version_of(one) != version_of(two)
+
+
+def test_every_type_is_there() -> None:
+    """A type that is not given is empty and has a version, and sharing begins there."""
+    snapshot = Snapshot.of({})
+    assert set(snapshot.resources) == set(snapshot.versions) == set(TYPES)
+    assert snapshot.versions[CLUSTER] == version_of({})
+
+
+def test_replace_shares_what_is_equal() -> None:
+    """Types that are not replaced, or replaced by equal content, stay the same objects."""
+    first = Snapshot.of({CLUSTER: [resource(CLUSTER, "a")], ENDPOINT: [resource(ENDPOINT, "a")]})
+    second = first.replace({CLUSTER: [resource(CLUSTER, "a")], ENDPOINT: [resource(ENDPOINT, "a", "2")]})
+    assert second.resources[CLUSTER] is first.resources[CLUSTER]
+    assert second.resources[LISTENER] is first.resources[LISTENER]
+    assert second.versions[ENDPOINT] != first.versions[ENDPOINT]
+    assert first.resources[ENDPOINT]["a"].version == resource(ENDPOINT, "a").version
+
+
+def test_impossible_snapshots_are_refused() -> None:
+    """A type nobody serves and a name given twice are our bugs, said in a sentence."""
+    with pytest.raises(ValueError, match="not a type this server serves"):
+        Snapshot.of({"type.googleapis.com/x.Y": []})
+    with pytest.raises(ValueError, match="two resources of type Cluster"):
+        Snapshot.of({CLUSTER: [resource(CLUSTER, "a"), resource(CLUSTER, "a", "2")]})
+
+
+def test_missing_references_are_found() -> None:
+    """A cluster without its endpoints is named, with what it misses; a complete snapshot has none."""
+    cluster = resource(CLUSTER, "a", refs=[(ENDPOINT, "a")])
+    assert missing(Snapshot.of({CLUSTER: [cluster]})) == (((CLUSTER, "a"), (ENDPOINT, "a")),)
+    assert missing(Snapshot.of({CLUSTER: [cluster], ENDPOINT: [resource(ENDPOINT, "a")]})) == ()
+
+
+def test_labels_are_bounded() -> None:
+    """A type from outside never becomes a metric label of its own."""
+    assert [label(type_url) for type_url in (CLUSTER, POOL_LOAD, "type.googleapis.com/x.Y", "")] == [
+        "Cluster",
+        "PoolLoad",
+        "other",
+        "other",
+    ]

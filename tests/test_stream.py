@@ -1,0 +1,339 @@
+"""The protocol without I/O: every scenario, the holds with their clock, convergence whatever the order of events."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
+from tests.scenarios import FULL, PEERS, SCENARIOS, Link, snapshot, start_up
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
+from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+
+
+class MemoryLink(Link):
+    """A peer and a stream joined in memory; `now` is the stream's clock."""
+
+    def __init__(self, peer: SotwPeer | DeltaPeer) -> None:
+        self.peer = peer
+        self.now = 0.0
+        self.snapshot: Snapshot | None = None
+        self.stream: Any = self._open()
+        self.responses: deque[Any] = deque()
+
+    def _open(self) -> SotwStream | DeltaStream:
+        return DeltaStream("test") if isinstance(self.peer, DeltaPeer) else SotwStream("test")
+
+    def advance(self) -> None:
+        self.responses.extend(self.stream.advance(self.snapshot, self.now))
+
+    async def publish(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.advance()
+
+    async def send(self, *requests: Any) -> None:
+        for request in requests:
+            self.stream.receive(request)
+            self.advance()
+
+    async def receive(self) -> Any:
+        assert self.responses, "nothing was sent"
+        return self.responses.popleft()
+
+    async def quiet(self) -> None:
+        assert not self.responses
+
+    async def reconnect(self) -> None:
+        self.stream = self._open()
+        self.responses.clear()
+        await self.send(*self.peer.reconnect())
+
+
+@pytest.fixture(params=PEERS, ids=["sotw", "delta"])
+def link(request: pytest.FixtureRequest) -> MemoryLink:
+    return MemoryLink(request.param())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+async def test_scenario(link: MemoryLink, scenario: Any) -> None:
+    """Each rule of the protocol holds in both variants over the pure objects; the scenario says which."""
+    await scenario(link)
+
+
+async def test_routes_are_held_for_a_bounded_time(link: MemoryLink) -> None:
+    """A client that never answers about its clusters gets its routes HOLD seconds later, and not before."""
+    await start_up(link)
+    await link.publish(snapshot(**FULL | {"cds": {"a": "1", "b": "1", "c": "1"}, "rds": {"r": "2"}}))
+    await link.expect(CLUSTER, {"c": "1"}, ack=False)
+    assert link.stream.deadline(link.now) == HOLD
+    link.now = HOLD - 0.1
+    link.advance()
+    await link.quiet()
+    link.now = HOLD
+    link.advance()
+    await link.expect(ROUTE, {"r": "2"})
+    await link.quiet()
+    assert link.stream.deadline(link.now) is None
+
+
+async def test_removals_are_held_for_a_bounded_time(link: MemoryLink) -> None:
+    """A client that never answers about its routes loses the old clusters HOLD seconds later, and not before."""
+    await start_up(link)
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    await link.expect(ROUTE, {"r": "2"}, ack=False)
+    link.now = HOLD - 0.1
+    link.advance()
+    await link.quiet()
+    link.now = HOLD
+    link.advance()
+    await link.expect_removed(CLUSTER, "b")
+    await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+
+
+async def test_pool_load_takes_no_part_in_the_order(link: MemoryLink) -> None:
+    """Loads are sent to a subscriber at once, whatever else is unanswered; what is gone is removed at once."""
+    loads = {POOL_LOAD: [resource(POOL_LOAD, "pool/a")]}
+    await link.publish(snapshot(**FULL).replace(loads))
+    await link.send(link.peer.subscribe(CLUSTER), link.peer.subscribe(POOL_LOAD, "*"))
+    await link.expect(CLUSTER, {"a": "1", "b": "1"}, ack=False)
+    await link.expect(POOL_LOAD, {"pool/a": "1"})
+    await link.publish(snapshot(**FULL))
+    assert [response.type_url for response in link.responses] == [POOL_LOAD]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """Each request is what it is: the classifier names every kind."""
+    link = MemoryLink(peer())
+    client: Any = link.peer
+    link.snapshot = snapshot(eds={"a": "1", "b": "1"})
+
+    def kind(request: Any) -> Kind:
+        received = link.stream.receive(request)
+        link.advance()
+        assert isinstance(received, Received)
+        return received.kind
+
+    assert kind(client.subscribe(ENDPOINT, "a")) is Kind.FIRST
+    first = link.responses.popleft()
+    assert kind(client.ack(first)) is Kind.ACK
+    assert kind(client.repeat(ENDPOINT)) is Kind.REPEAT
+    assert kind(client.subscribe(ENDPOINT, "b")) is Kind.NAMES
+    assert kind(client.nack(first)) is Kind.STALE_NONCE
+    assert kind(client.nack(link.responses.popleft())) is Kind.NACK
+    assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
+    assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    client.names = {ENDPOINT: {"a"}}
+    link.stream = link._open()
+    assert kind(client.reconnect()[0] if peer is DeltaPeer else client.repeat(ENDPOINT)) is Kind.RECONNECT
+
+
+async def test_refusal_says_what_was_refused(link: MemoryLink) -> None:
+    """A NACK becomes an event with version, nonce, the resources and the client's message, cut to a bounded length."""
+    published = snapshot(eds={"a": "1"})
+    await link.publish(published)
+    await link.send(link.peer.subscribe(ENDPOINT, "a"))
+    response = await link.expect(ENDPOINT, {"a": "1"}, ack=False)
+    refusal = link.stream.receive(link.peer.nack(response, "x" * 1_000_000)).refusal
+    assert refusal == Refusal(ENDPOINT, published.versions[ENDPOINT], response.nonce, ("a",), "x" * MAX_MESSAGE)
+    assert link.stream.subscriptions[ENDPOINT].last_nack == "x" * MAX_MESSAGE
+    await link.quiet()
+
+
+async def test_a_version_stands_for_what_the_client_holds(link: MemoryLink) -> None:
+    """All clusters have the snapshot's version; in SotW some of them have one of their own, so a reconnect is exact."""
+    published = snapshot(cds={"a": "1", "b": "1"})
+    await link.publish(published)
+    await link.send(link.peer.subscribe(CLUSTER, "a"))
+    await link.expect(CLUSTER, {"a": "1"})
+    sub = link.stream.subscriptions[CLUSTER]
+    assert (sub.version_acked == published.versions[CLUSTER]) is link.delta
+    await link.send(link.peer.subscribe(CLUSTER, "b"))
+    await link.expect(CLUSTER, {"b": "1"})
+    assert sub.version_acked == published.versions[CLUSTER]
+
+
+REVISIONS = st.sampled_from(["1", "2", "3", "bad"])
+WORLDS = st.fixed_dictionaries(
+    {kind: st.dictionaries(st.sampled_from("abcd"), REVISIONS) for kind in ("cds", "eds", "lds", "rds")}
+)
+BY_NAME = st.sampled_from([ENDPOINT, ROUTE])
+
+
+class Conversation(RuleBasedStateMachine):
+    """A client and a server with both directions delayed; the client refuses what has revision `bad` in it."""
+
+    peer_type: type[SotwPeer | DeltaPeer]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peer: Any = self.peer_type()
+        self.delta = self.peer_type is DeltaPeer
+        self.stream: Any = DeltaStream() if self.delta else SotwStream()
+        self.snapshot: Snapshot | None = None
+        self.now = 0.0
+        self.requests: deque[Any] = deque()
+        self.responses: deque[Any] = deque()
+        self.refused: dict[str, list[bytes]] = {}
+        self.accepted: dict[tuple[str, str], bytes] = {}  # on this stream: all that a SotW server can know
+        # Types whose next response may repeat what the peer holds, and those on their way that may.
+        self.excused: set[str] = set()
+        self.may_repeat: set[tuple[str, str]] = set()  # (type, nonce)
+
+    @rule(world=WORLDS)
+    def publish(self, world: dict[str, dict[str, str]]) -> None:
+        self._publish(world)
+
+    def _publish(self, world: dict[str, dict[str, str]]) -> None:
+        self.snapshot = snapshot(**world)
+        self.refused.clear()
+        self.forget_what_is_gone()
+        self.advance()
+
+    @rule(type_url=st.sampled_from([CLUSTER, LISTENER]))
+    def subscribe_all(self, type_url: str) -> None:
+        if type_url not in self.peer.names:
+            self.requests.append(self.peer.subscribe(type_url))
+
+    @rule(type_url=BY_NAME, name=st.sampled_from("abcd"))
+    def subscribe(self, type_url: str, name: str) -> None:
+        self.requests.append(self.peer.subscribe(type_url, name))
+
+    @rule(type_url=BY_NAME, name=st.sampled_from("abcd"))
+    def unsubscribe(self, type_url: str, name: str) -> None:
+        if name in self.peer.names.get(type_url, ()):
+            self.requests.append(self.peer.unsubscribe(type_url, name))
+
+    @rule()
+    def server_takes_a_request(self) -> None:
+        if self.requests:
+            received = self.stream.receive(self.requests.popleft())
+            if received.kind not in (Kind.ACK, Kind.REPEAT):
+                self.excused.add(received.type_url)
+            self.advance()
+
+    @rule()
+    def client_takes_a_response(self) -> None:
+        if self.responses:
+            self.take(self.responses.popleft())
+
+    @rule(seconds=st.sampled_from([1.0, HOLD]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.advance()
+
+    @rule()
+    def reconnect(self) -> None:
+        self.stream = DeltaStream() if self.delta else SotwStream()
+        self.requests = deque(self.peer.reconnect())
+        self.responses.clear()
+        self.refused.clear()
+        self.accepted.clear()
+        self.excused.clear()
+        self.may_repeat.clear()
+
+    def advance(self) -> None:
+        for response in self.stream.advance(self.snapshot, self.now):
+            if response.type_url in self.excused:
+                self.excused.discard(response.type_url)
+                self.may_repeat.add((response.type_url, response.nonce))
+            if response.type_url == CLUSTER:
+                self.excused.add(ENDPOINT)  # sent again for the clusters that are new or changed
+            self.responses.append(response)
+        per_type = [response.type_url for response in self.responses]
+        assert len(per_type) == len(set(per_type)), "two unanswered responses of a type"
+
+    def take(self, response: Any) -> None:
+        type_url, updates = response.type_url, self.peer.updates(response)
+        assert list(response.resources) != self.refused.get(type_url), "a refused response is repeated"
+        held = self.peer.held.get(type_url, {})
+        if (type_url, response.nonce) not in self.may_repeat:
+            assert self.news(type_url, held, updates, response), "nothing new in the response"
+        if "bad" in map(revision_of, updates.values()):
+            self.refused[type_url] = list(response.resources)
+            self.requests.append(self.peer.nack(response))
+        else:
+            self.refused.pop(type_url, None)
+            self.accepted.update({(type_url, name): body for name, body in updates.items()})
+            self.forget_what_is_gone()
+            self.requests.append(self.peer.ack(response))
+
+    def forget_what_is_gone(self) -> None:
+        """SotW cannot say that endpoints or a route are gone; back again, they are sent again, changed or not."""
+        assert self.snapshot is not None
+        for type_url, name in list(self.accepted):
+            if name not in self.snapshot.resources[type_url]:
+                del self.accepted[type_url, name]
+
+    def news(self, type_url: str, held: dict[str, bytes], updates: dict[str, bytes], response: Any) -> bool:
+        if self.delta:
+            unknown = set(response.removed_resources) - self.peer.absent.get(type_url, set())
+            return all(held.get(name) != body for name, body in updates.items()) and bool(
+                updates or unknown or type_url not in self.peer.held
+            )
+        if type_url in FULL_STATE:
+            return type_url not in self.peer.held or updates != held
+        return all(self.accepted.get((type_url, name)) != body for name, body in updates.items())
+
+    def drain(self) -> None:
+        for _ in range(1_000):
+            if self.requests:
+                self.server_takes_a_request()
+            elif self.responses:
+                self.client_takes_a_response()
+            elif self.stream.deadline(self.now) is not None:
+                self.wait(HOLD)
+            else:
+                return
+        raise AssertionError("client and server never come to rest")
+
+    def teardown(self) -> None:
+        self.drain()
+        if self.snapshot is None:
+            assert not self.peer.held
+            return
+        for type_url, sub in self.stream.subscriptions.items():
+            if sub.opened and sub.base_known:
+                self.check(type_url, sub.refused)
+        self._publish({kind: {"a": "4", "b": "4"} for kind in ("cds", "eds", "lds", "rds")})
+        self.drain()
+        assert self.stream.settled(self.snapshot)
+        for type_url in self.peer.names:
+            self.check(type_url, {})
+        self.advance()
+        assert not self.responses
+
+    def check(self, type_url: str, refused: dict[str, str]) -> None:
+        """The client holds everything it wants as it is published, except what it refuses, and nothing else."""
+        assert self.snapshot is not None
+        published = self.snapshot.resources[type_url]
+        wildcard = type_url in FULL_STATE
+        want = {name for name in published if wildcard or name in self.peer.names[type_url]}
+        held = {name: make_resource(type_url, name, body) for name, body in self.peer.held.get(type_url, {}).items()}
+        for name in want - refused.keys():
+            assert held[name].version == published[name].version
+        for name in refused.keys() & held.keys():
+            assert held[name].version != refused[name]
+        if self.delta or wildcard:
+            routes_refused = any(self.stream.subscriptions[kind].refused for kind in (LISTENER, ROUTE))
+            assert routes_refused or held.keys() <= want
+
+
+class SotwConversation(Conversation):
+    peer_type = SotwPeer
+
+
+class DeltaConversation(Conversation):
+    peer_type = DeltaPeer
+
+
+TestSotwConversation = SotwConversation.TestCase
+TestDeltaConversation = DeltaConversation.TestCase
+TestSotwConversation.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestDeltaConversation.settings = TestSotwConversation.settings

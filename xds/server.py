@@ -1,0 +1,278 @@
+"""The management server: ADS over gRPC in both variants. Every protocol decision is in xds/stream.py, here is the I/O.
+
+    publish --newest snapshot--> [ client: reader task -> Stream.receive ; writer loop -> Stream.advance -> write ] * n
+
+Each client has one reader and one writer and shares with the others nothing but the snapshot. Whatever is published
+while a client does not read, it keeps one unanswered response of each type and a reference to the newest snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from xds.metrics import Metrics
+from xds.snapshot import Snapshot, label
+from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
+from xds.wire import discovery_pb2 as wire
+
+ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+HEALTH = "grpc.health.v1.Health"
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
+
+MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
+MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", 4 << 20),  # bytes: Envoy's first request is 60 KB, with 10,000 names 1 MB
+    ("grpc.max_send_message_length", -1),  # our own snapshot is never too long for us; the client has its own limit
+    ("grpc.max_concurrent_streams", 100),  # a connection: Envoy opens one
+    ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died sends no FIN: found after 40 s
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),  # Envoy's connection_keepalive may ping each second; gRPC's default cuts it off
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent half of the clients
+)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class TypeView:
+    """One type of one client; versions are "" before the first. `names` is 0 for a wildcard subscription."""
+
+    type: str
+    wildcard: bool
+    names: int
+    version_sent: str
+    version_acked: str
+    refused: tuple[str, ...]
+    last_nack: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientView:
+    """One stream as it is now; `node_id` is "" until its first request."""
+
+    node_id: str
+    node_cluster: str
+    variant: str
+    peer: str
+    types: tuple[TypeView, ...]
+
+
+class _Client:
+    """One open stream: its protocol state, and the event that wakes its writer."""
+
+    def __init__(self, variant: str, stream: Stream[Any, Any], request_type: type[Any], peer: str) -> None:
+        self.variant = variant
+        self.stream = stream
+        self.request_type = request_type
+        self.peer = peer
+        self.node_id = ""
+        self.node_cluster = ""
+        self.greeted = False
+        self.fault: tuple[grpc.StatusCode, str] | None = None  # why the stream has to be closed
+        self.wake = asyncio.Event()
+        self.log = log.bind(variant=variant, peer=peer)
+
+    def view(self) -> ClientView:
+        types = tuple(
+            TypeView(
+                label(type_url),
+                sub.wildcard,
+                len(sub.names),
+                sub.version_sent,
+                sub.version_acked,
+                tuple(sub.refused),
+                sub.last_nack,
+            )
+            for type_url, sub in self.stream.subscriptions.items()
+            if sub.opened
+        )
+        return ClientView(self.node_id, self.node_cluster, self.variant, self.peer, types)
+
+
+class ManagementServer:
+    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
+
+    def __init__(
+        self, metrics: Metrics, identifier: str = "vllm-xds", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics = metrics
+        self._identifier = identifier
+        self._clock = clock
+        self._snapshot: Snapshot | None = None
+        self._clients: set[_Client] = set()
+        self._stopping = False
+        self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, addresses: Sequence[str]) -> list[int]:
+        """Listen on each `host:port` (port 0: any free one); return the ports. RuntimeError: an address is not free."""
+        server = grpc.aio.server(options=OPTIONS)
+        ads = {
+            "StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._sotw),
+            "DeltaAggregatedResources": grpc.stream_stream_rpc_method_handler(self._delta),
+        }
+        health = {"Check": grpc.unary_unary_rpc_method_handler(self._check)}
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(ADS, ads), grpc.method_handlers_generic_handler(HEALTH, health))
+        )
+        ports = [server.add_insecure_port(address) for address in addresses]
+        await server.start()
+        self._server = server
+        return ports
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Make this the snapshot every client is brought to; returns at once."""
+        before, self._snapshot = self._snapshot, snapshot
+        for client in self._clients:
+            client.wake.set()
+        changed = {
+            label(type_url): version
+            for type_url, version in snapshot.versions.items()
+            if before is None or before.versions[type_url] != version
+        }
+        counts = {label(type_url): len(resources) for type_url, resources in snapshot.resources.items()}
+        for name, count in counts.items():
+            self._metrics.resources.labels(name).set(count)
+        log.info("snapshot published", resources=counts, changed=changed, clients=len(self._clients))
+
+    def clients(self) -> tuple[ClientView, ...]:
+        """Return every open stream, sorted by node id."""
+        return tuple(sorted((client.view() for client in self._clients), key=lambda view: (view.node_id, view.peer)))
+
+    async def wait_settled(self, clients: int = 1) -> None:
+        """Wait until at least `clients` streams are open and each has accepted all it wants of the newest snapshot."""
+        while not self._settled(clients):
+            await self._progress.wait()
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """End every stream, and close the ports; cut what has not ended after `grace` seconds."""
+        self._stopping = True
+        for client in self._clients:
+            client.wake.set()
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    def _settled(self, clients: int) -> bool:
+        snapshot = self._snapshot
+        ready = [client.greeted for client in self._clients]
+        return (
+            snapshot is not None
+            and len(ready) >= clients
+            and all(ready)
+            and all(client.stream.settled(snapshot) for client in self._clients)
+        )
+
+    def _progressed(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    # --- gRPC ---
+
+    async def _check(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:  # noqa: ARG002 - gRPC's form
+        """grpc.health.v1: serving once there is something to serve."""
+        return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
+
+    async def _sotw(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = SotwStream(self._identifier)
+        await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
+
+    async def _delta(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = DeltaStream(self._identifier)
+        await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
+
+    async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        self._clients.add(client)
+        self._metrics.streams.labels(client.variant).inc()
+        reader = asyncio.create_task(self._read(client, requests))
+        reader.add_done_callback(lambda _: client.wake.set())
+        try:
+            await self._write(client, reader, context)
+            if client.fault is not None:
+                await context.abort(*client.fault)
+        finally:
+            reader.cancel()
+            self._clients.discard(client)
+            self._metrics.streams.labels(client.variant).dec()
+            self._progressed()
+            if client.greeted:
+                client.log.info("client disconnected", clients=len(self._clients))
+
+    async def _read(self, client: _Client, requests: AsyncIterator[bytes]) -> None:
+        """Feed the client's requests to its stream until it ends or has to be closed."""
+        async for raw in requests:
+            try:
+                request = client.request_type.FromString(raw)
+            except DecodeError:
+                client.fault = (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
+                return
+            if not client.greeted:
+                self._greet(client, request.node)
+            received = client.stream.receive(request)
+            self._note(client, received)
+            if received.kind is Kind.EXCESS:
+                client.fault = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many resource names")
+                return
+            client.wake.set()
+
+    async def _write(self, client: _Client, reader: asyncio.Task[None], context: grpc.aio.ServicerContext) -> None:
+        """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
+        while not (reader.done() or self._stopping):
+            now = self._clock()
+            for response in client.stream.advance(self._snapshot, now):
+                await context.write(response.SerializeToString())
+                self._count(client, response)
+            self._progressed()
+            deadline = client.stream.deadline(now)
+            try:
+                async with asyncio.timeout(None if deadline is None else deadline - now):
+                    await client.wake.wait()
+            except TimeoutError:
+                pass  # the deadline is a reason to look again, as an event is
+            client.wake.clear()
+        if reader.done():
+            await reader
+
+    # --- what operators see ---
+
+    def _greet(self, client: _Client, node: wire.Node) -> None:
+        """Take the node from the first request, the only one that has to carry it."""
+        client.greeted = True
+        client.node_id, client.node_cluster = node.id[:MAX_TEXT], node.cluster[:MAX_TEXT]
+        client.log = client.log.bind(node=client.node_id)
+        client.log.info("client connected", cluster=client.node_cluster, clients=len(self._clients))
+
+    def _note(self, client: _Client, received: Received) -> None:
+        name = label(received.type_url)
+        self._metrics.requests.labels(name, received.kind.value).inc()
+        client.log.debug("request received", type=name, kind=received.kind.value)
+        if received.refusal is not None:
+            refusal = received.refusal
+            self._metrics.nacks.labels(name).inc()
+            client.log.warning(
+                "response refused",
+                type=name,
+                version=refusal.version,
+                nonce=refusal.nonce,
+                resources=len(refusal.names),
+                names=refusal.names[:MAX_LOGGED_NAMES],
+                message=refusal.message,
+            )
+
+    def _count(self, client: _Client, response: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse) -> None:
+        name, size = label(response.type_url), sum(map(len, response.resources))
+        self._metrics.responses.labels(name).inc()
+        self._metrics.response_bytes.labels(name).inc(size)
+        client.log.debug(
+            "response sent", type=name, nonce=response.nonce, resources=len(response.resources), bytes=size
+        )

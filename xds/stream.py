@@ -1,0 +1,303 @@
+"""The xDS protocol without I/O: requests in, responses out, time as an argument. One object for each stream.
+
+After https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol; where it leaves a choice, the rule here:
+
+1. Before the first snapshot nothing is answered: an empty answer would make a running Envoy delete all it has.
+2. Each type has at most one unanswered response; snapshots published meanwhile coalesce into the next one.
+3. Only what differs from what the client accepted is sent. Delta: the changed resources and `removed_resources`. State
+   of the world (SotW): all listeners and clusters, but only the changed endpoints and routes. A first request is
+   answered even with nothing, where the variant can say so: Envoy starts only then.
+4. A client that reconnects says what it holds and is sent the difference. Delta gives a version for each resource; the
+   one version SotW gives counts for a wildcard alone, where it stands for exactly the set that was sent.
+5. A refused (NACKed) response is never repeated; how the good part of it still arrives: xds/subscription.py.
+6. A SotW request with a stale nonce is ignored; in delta its subscriptions count, its ACK does not.
+
+Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol#eventual-consistency-considerations):
+
+7. Clusters and endpoints go first and wait for nothing. Endpoints must not wait for the ACK of the clusters: Envoy
+   withholds it until the clusters have warmed, and they warm by their endpoints. For that reason the endpoints of every
+   cluster just sent are sent too, changed or not: for a changed cluster a delta Envoy does not ask again.
+8. Listeners and routes wait while the client has yet to accept a new cluster: until it answers, or for HOLD.
+9. What clusters, endpoints and routes are gone is told last: when the listeners and routes that used them have been
+   accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one, so
+   nothing is taken away. Until then SotW sends the union of old and new clusters.
+
+A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, TYPES, Snapshot, version_of
+from xds.subscription import Change, Flight, Subscription
+from xds.wire import discovery_pb2 as wire
+
+# Envoy asks for these by name, never for all of them: an empty list of names is none. SotW sends only the changed ones.
+BY_NAME = frozenset({ENDPOINT, ROUTE})
+USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE})  # what a listener or route in use may need, directly or not
+
+# Seconds to wait for an answer before the next step of make-before-break is taken all the same. Envoy answers within
+# its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.
+HOLD = 20.0
+
+# Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
+# client could add as many with each request.
+MAX_NAMES = 100_000
+
+MAX_MESSAGE = 2_000  # characters kept of a client's error message: Envoy quotes the whole resource in it
+
+
+class Kind(StrEnum):
+    """What a request is; the first that fits, in this order."""
+
+    UNKNOWN_TYPE = "unknown_type"  # not a type of this server: ignored
+    EXCESS = "excess"  # names more than MAX_NAMES: the stream has to be closed
+    FIRST = "first"  # first of its type on this stream
+    RECONNECT = "reconnect"  # the same, and the client says what it holds from an earlier stream
+    STALE_NONCE = "stale_nonce"  # answers a response that a later one has overtaken
+    NACK = "nack"
+    NAMES = "names"  # asks for other names than before; may be an ACK as well
+    ACK = "ack"
+    REPEAT = "repeat"  # nothing new
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A client's NACK: of which response, which changed resources were in it, and the client's reason."""
+
+    type_url: str
+    version: str
+    nonce: str
+    names: tuple[str, ...]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a request was; `refusal` when it is a NACK."""
+
+    kind: Kind
+    type_url: str
+    refusal: Refusal | None = None
+
+
+def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_names: bool, answers: bool) -> Kind:
+    """Say what a request is. `claims`: it says what it holds; `answers`: it has the nonce of the response in flight."""
+    if not sub.opened:
+        return Kind.RECONNECT if claims else Kind.FIRST
+    if stale:
+        return Kind.STALE_NONCE
+    if answers and error:
+        return Kind.NACK
+    if new_names:
+        return Kind.NAMES
+    if answers:
+        return Kind.ACK
+    return Kind.REPEAT
+
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+
+class Stream(ABC, Generic[RequestT, ResponseT]):
+    """What both variants share: the order of sending, and what an answer means. Mutable, one for each gRPC stream."""
+
+    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "") -> None:
+        self.subscriptions = subscriptions
+        self._control_plane = wire.ControlPlane(identifier=identifier)
+        self._nonces = 0
+
+    @abstractmethod
+    def receive(self, request: RequestT) -> Received:
+        """Take a request. What it makes necessary to send comes with the next `advance`."""
+
+    @abstractmethod
+    def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, ResponseT]:
+        """Return the version and the message that say `change` in this variant."""
+
+    def advance(self, snapshot: Snapshot | None, now: float) -> list[ResponseT]:
+        """Return what to send now, in order, and take it as sent; `snapshot` is the newest, None before the first.
+
+        Call it after every request, after every new snapshot, and at `deadline`. `now` in seconds on any steady clock.
+        """
+        if snapshot is None:
+            return []
+        routes_pending = self._routes_pending(snapshot, now)
+        responses = []
+        for type_url in TYPES:
+            if type_url in (LISTENER, ROUTE) and self._clusters_pending(snapshot, now):
+                continue
+            response = self._push(type_url, snapshot, now, routes_pending)
+            if response is not None:
+                responses.append(response)
+        return responses
+
+    def _push(self, type_url: str, snapshot: Snapshot, now: float, routes_pending: bool) -> ResponseT | None:
+        sub = self.subscriptions[type_url]
+        # A first answer takes nothing away: the requests for the other types may still be on their way.
+        keep_removed = type_url in USED_BY_ROUTES and (routes_pending or sub.unanswered)
+        change = sub.plan(snapshot.resources[type_url], keep_removed=keep_removed)
+        if change is None:
+            return None
+        self._nonces += 1
+        nonce = str(self._nonces)
+        version, response = self._encode(type_url, change, snapshot, nonce)
+        sub.sent(Flight(nonce, version, change, now))
+        if type_url == CLUSTER:
+            refs = (ref for resource in change.update.values() for ref in resource.refs)
+            self.subscriptions[ENDPOINT].owe(name for ref_type, name in refs if ref_type == ENDPOINT)
+        return response
+
+    def _clusters_pending(self, snapshot: Snapshot, now: float) -> bool:
+        """Rule 8: a cluster that the client does not have is on its way."""
+        clusters = self.subscriptions[CLUSTER]
+        if clusters.flight is None or now >= clusters.flight.sent + HOLD:
+            return False
+        return any(clusters.held.get(name) is None for name in clusters.changes(snapshot.resources[CLUSTER]).update)
+
+    def _routes_pending(self, snapshot: Snapshot, now: float) -> bool:
+        """Rule 9: a listener or route that may still use what is gone is not replaced yet."""
+        for type_url in (LISTENER, ROUTE):
+            sub = self.subscriptions[type_url]
+            resources = snapshot.resources[type_url]
+            if sub.refuses(resources):
+                return True
+            if sub.flight is not None:
+                if now < sub.flight.sent + HOLD:
+                    return True
+            elif sub.opened:
+                change = sub.changes(resources)
+                if change.update or (type_url == LISTENER and change.remove):
+                    return True
+        return False
+
+    def deadline(self, now: float) -> float | None:
+        """Return when `advance` has to be called even if nothing happens; None = no need."""
+        flights = (self.subscriptions[type_url].flight for type_url in (CLUSTER, LISTENER, ROUTE))
+        return min((f.sent + HOLD for f in flights if f is not None and f.sent + HOLD > now), default=None)
+
+    def settled(self, snapshot: Snapshot) -> bool:
+        """Whether the client has accepted all of this snapshot that it subscribes to and does not refuse."""
+        return all(
+            sub.flight is None and not sub.unanswered and not sub.changes(snapshot.resources[type_url])
+            for type_url, sub in self.subscriptions.items()
+            if sub.opened
+        )
+
+    def _answer(self, type_url: str, sub: Subscription, error: wire.Status | None) -> Refusal | None:
+        """Take the answer to the response in flight: an ACK, or with `error` a NACK."""
+        flight = sub.flight
+        if flight is None or error is None:
+            sub.acked()
+            return None
+        message = error.message[:MAX_MESSAGE]
+        sub.nacked(message)
+        return Refusal(type_url, flight.version, flight.nonce, tuple(flight.change.update), message)
+
+
+class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
+    """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
+
+    def __init__(self, identifier: str = "") -> None:
+        subscriptions = {
+            type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
+            for type_url in TYPES
+        }
+        super().__init__(subscriptions, identifier)
+
+    def receive(self, request: wire.DiscoveryRequest) -> Received:
+        sub = self.subscriptions.get(request.type_url)
+        if sub is None:
+            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+        if len(request.resource_names) > MAX_NAMES:
+            return Received(Kind.EXCESS, request.type_url)
+        names = request.resource_names
+        error = request.error_detail if request.HasField("error_detail") else None
+        answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
+        kind = classify(
+            sub,
+            claims=bool(request.version_info),
+            stale=request.response_nonce != sub.nonce,
+            error=error is not None,
+            new_names=sub.differs(names),
+            answers=answers,
+        )
+        refusal = None
+        if kind in (Kind.FIRST, Kind.RECONNECT):
+            sub.open(names=names, claim=request.version_info)
+        elif kind is not Kind.STALE_NONCE:
+            if answers:
+                refusal = self._answer(request.type_url, sub, error)
+            sub.set_names(names)
+        return Received(kind, request.type_url, refusal)
+
+    def _encode(
+        self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
+    ) -> tuple[str, wire.DiscoveryResponse]:
+        resources, version = change.update, snapshot.versions[type_url]
+        if type_url not in BY_NAME:
+            resources = self.subscriptions[type_url].after(change)
+            if resources != snapshot.resources[type_url]:
+                version = version_of(resources)
+        return version, wire.DiscoveryResponse(
+            version_info=version,
+            resources=[resource.any for resource in resources.values()],
+            type_url=type_url,
+            nonce=nonce,
+            control_plane=self._control_plane,
+        )
+
+
+class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse]):
+    """Incremental: requests change the set of names, responses carry only what changed."""
+
+    def __init__(self, identifier: str = "") -> None:
+        subscriptions = {
+            type_url: Subscription(tells_absence=True, empty_is_wildcard=type_url not in BY_NAME) for type_url in TYPES
+        }
+        super().__init__(subscriptions, identifier)
+
+    def receive(self, request: wire.DeltaDiscoveryRequest) -> Received:
+        sub = self.subscriptions.get(request.type_url)
+        if sub is None:
+            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+        if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
+            return Received(Kind.EXCESS, request.type_url)
+        error = request.error_detail if request.HasField("error_detail") else None
+        answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
+        kind = classify(
+            sub,
+            claims=bool(request.initial_resource_versions),
+            stale=request.response_nonce not in ("", sub.nonce),
+            error=error is not None,
+            new_names=bool(request.resource_names_subscribe or request.resource_names_unsubscribe),
+            answers=answers,
+        )
+        refusal = None
+        if kind in (Kind.FIRST, Kind.RECONNECT):
+            sub.open(names=request.resource_names_subscribe, held=request.initial_resource_versions)
+        else:
+            if answers:
+                refusal = self._answer(request.type_url, sub, error)
+            sub.subscribe(request.resource_names_subscribe)
+            sub.unsubscribe(request.resource_names_unsubscribe)
+        return Received(kind, request.type_url, refusal)
+
+    def _encode(
+        self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
+    ) -> tuple[str, wire.DeltaDiscoveryResponse]:
+        version = snapshot.versions[type_url]
+        return version, wire.DeltaDiscoveryResponse(
+            system_version_info=version,
+            resources=[resource.entry for resource in change.update.values()],
+            type_url=type_url,
+            nonce=nonce,
+            removed_resources=sorted(change.remove),
+            control_plane=self._control_plane,
+        )

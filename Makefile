@@ -1,0 +1,70 @@
+# Two commands on a fresh checkout: `make demo` and `make test`. Each sets up what it needs in .venv first, from
+# requirements.lock; nothing is installed outside it. ARGS reaches the command: make demo ARGS="--duration 60".
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+READY := .venv/.project
+WIRE := xds/wire/*.proto picker/wire/*.proto
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint golden bench wire lock
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+demo: $(READY) ## run everything on this machine, with the real Envoy and simulated pods, and compare both ports
+	@$(BIN)/vllm-xds demo $(ARGS)
+
+test: $(READY) ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, the shell script
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run
+
+golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the difference before you commit it
+	@$(BIN)/python -m tests.goldens
+
+bench: $(READY) ## measure every figure of docs/benchmarks.md (about four minutes)
+	@$(BIN)/python -m bench.figures
+
+wire: $(READY) ## compile the .proto files of xds/wire and picker/wire
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. $(WIRE)
+
+lock: ## write requirements.lock anew: the newest versions within the bounds of pyproject.toml
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@echo "resolving (about a minute)"
+	@.venv-lock/bin/python -m pip install -qq --upgrade pip
+	@.venv-lock/bin/python -m pip install -qq --group dev '.[demo]'
+	@{ echo "# Exact versions of everything 'make demo' and 'make test' install. Written by 'make lock'."; \
+	   .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude vllm-xds; } > requirements.lock
+	@rm -rf .venv-lock
+
+# Debian ships ensurepip in a package of its own (python3-venv). Without it a pip outside fills the venv, and with
+# neither, root gets the package installed; anyone else is told its name.
+.venv/.dependencies: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vllm-xds needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@echo "creating .venv with $$($(PYTHON) --version)"
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null && ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "$(PYTHON) can not make virtual environments: apt-get install python3-venv" >&2; exit 1; \
+	  fi; \
+	  echo "installing Debian's python3-venv"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv >/dev/null; \
+	fi
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv --clear .venv; else \
+	  $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -qq pip; fi
+	@echo "installing dependencies (about a minute)"
+	@$(PIP) --requirement requirements.lock
+	@touch $@
+
+$(READY): .venv/.dependencies pyproject.toml
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

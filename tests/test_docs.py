@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WRITER = re.compile(r"(.*\b)?(log|events)\.(debug|info|warning|error)|write")  # `write` is one of them, chosen by level
+WRITER = re.compile(r"(.*\b)?(log|events)\.(debug|info|warning|error)|write|tell")  # the last two are one of them
 
 
 def _events() -> set[str]:

@@ -19,7 +19,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
-from xds.snapshot import Snapshot, label
+from xds.snapshot import POOL_LOAD, Snapshot, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
 from xds.wire import discovery_pb2 as wire
 
@@ -36,6 +36,7 @@ OPTIONS = (
     ("grpc.max_concurrent_streams", 100),  # a connection: Envoy opens one
     ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died sends no FIN: found after 40 s
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that ends the connection; its default is 60 s
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),  # Envoy's connection_keepalive may ping each second; gRPC's default cuts it off
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent half of the clients
@@ -144,7 +145,10 @@ class ManagementServer:
         counts = {label(type_url): len(resources) for type_url, resources in snapshot.resources.items()}
         for name, count in counts.items():
             self._metrics.resources.labels(name).set(count)
-        log.info("snapshot published", resources=counts, changed=changed, clients=len(self._clients))
+        tell = (
+            log.info if changed.keys() - {label(POOL_LOAD)} else log.debug
+        )  # a load report comes each scrape interval
+        tell("snapshot published", resources=counts, changed=changed, clients=len(self._clients))
 
     def clients(self) -> tuple[ClientView, ...]:
         """Return every open stream, sorted by node id."""

@@ -20,7 +20,8 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
 8. Listeners and routes wait while the client has yet to accept a new cluster: until it answers, or for HOLD.
 9. What clusters, endpoints and routes are gone is told last: when the listeners and routes that used them have been
    accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one, so
-   nothing is taken away. Until then SotW sends the union of old and new clusters.
+   nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only delta
+   can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a change).
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
 """

@@ -155,23 +155,33 @@ class Gateway:
         await self.envoy.ready(BOUND)
 
     async def start_picker(self) -> None:
-        self.picker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-W", "ignore", "-m", "xds", "picker", "--log-format", "json"),
-            *("--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
+        self.picker = await self._start_process(
+            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
             *("--metrics-address", "127.0.0.1:0"),
+            until="server connected",
+        )
+
+    async def start_server_process(self) -> asyncio.subprocess.Process:
+        """A management server as a process, in place of the one in here; returns when Envoy is connected to it."""
+        return await self._start_process(
+            *("serve", "--config", str(self.config), "--bind", "127.0.0.1", "--listen", f"127.0.0.1:{self.xds_port}"),
+            *("--picker", f"127.0.0.1:{self.picker_port}", "--status", f"127.0.0.1:{free_port()}"),
+            until="client connected",
+        )
+
+    async def _start_process(self, *arguments: str, until: str) -> asyncio.subprocess.Process:
+        """`python -m xds ...`, once it has logged the event `until`; killed at the end of the test if not before."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "ignore", "-m", "xds", *arguments, "--log-format", "json"),
             stderr=asyncio.subprocess.PIPE,
             cwd=Path(__file__).parent.parent.parent,
         )
-        self._stack.push_async_callback(self.stop_picker)
+        self._stack.push_async_callback(_end, process)
         async with asyncio.timeout(BOUND):
-            assert self.picker.stderr is not None
-            while b"server connected" not in (line := await self.picker.stderr.readline()):
-                assert line, "the picker ended before it was connected"
-
-    async def stop_picker(self) -> None:
-        if self.picker.returncode is None:
-            self.picker.kill()
-        await self.picker.communicate()
+            assert process.stderr is not None
+            while until.encode() not in (line := await process.stderr.readline()):
+                assert line, f"{arguments[0]} ended before it said {until!r}"
+        return process
 
     async def close(self) -> None:
         await self._stack.aclose()
@@ -225,6 +235,12 @@ class Gateway:
             {(await self.ask(session, self.llm_port, f"{prompt} {turn}"))[1] for turn in range(turns)}
             for prompt in prompts
         ]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.communicate()
 
 
 @pytest.fixture(params=["delta", "sotw"])

@@ -212,6 +212,21 @@ async def test_server_lost_and_back_in_traffic(gateway: Gateway, session: aiohtt
         assert not sent
 
 
+async def test_server_killed_in_traffic(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """The management server's process is killed, not stopped, and another takes its place: not one request fails."""
+    await gateway.stop_server()
+    server = await gateway.start_server_process()
+    traffic = Traffic(gateway, session, gateway.llm_port)
+    await traffic.more()
+    server.kill()
+    await server.wait()
+    await traffic.more(100)
+    await gateway.start_server_process()
+    await traffic.more(50)
+    await traffic.stop()
+    traffic.assert_all_answered()
+
+
 async def test_envoy_restarts(gateway: Gateway, session: aiohttp.ClientSession) -> None:
     """A second Envoy, with nothing but the bootstrap, is served everything."""
     await gateway.envoy.stop()

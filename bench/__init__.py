@@ -1,12 +1,24 @@
-"""What cannot run here, made to speak the real wire: a simulated vLLM pod (`python -m bench.vllm_pod --help`).
+"""What shows and measures the product: the demo, the benchmarks, and the simulated vLLM pod both stand on.
 
-kv_cache                    paged KV blocks with a prefix cache                pure
-vllm_stats                  what the engine counts and measures                pure
-vllm_engine                 the scheduler, in discrete steps                   pure; time is an argument
-vllm_api                    OpenAI requests in, JSON and SSE out               pure
-vllm_families, vllm_page    vLLM's /metrics                                    pure
-vllm_server                 SimulatedPod: the engine in real time, over HTTP
-vllm_pod                    the command line: a fleet of them
+The pod (`python -m bench.vllm_pod --help`) is what cannot run here, a GPU, made to speak the real wire:
+
+    kv_cache                    paged KV blocks with a prefix cache                pure
+    vllm_stats                  what the engine counts and measures                pure
+    vllm_engine                 the scheduler, in discrete steps                   pure; time is an argument
+    vllm_api                    OpenAI requests in, JSON and SSE out               pure
+    vllm_families, vllm_page    vLLM's /metrics                                    pure
+    vllm_server                 SimulatedPod: the engine in real time, over HTTP
+    vllm_pod                    the command line: a fleet of them
 
 The engine knows nothing of the server: a discrete-event simulation drives the same one in virtual time.
+
+The demo (`vllm-xds demo`):
+
+    envoy                       the real Envoy as a child process
+    stack                       server, picker, Envoy and pods, as child processes on free addresses
+    load                        an open loop of streamed chats with shared prefixes, and its measures
+    table                       what is shown while it runs
+    demo                        the command
+
+The benchmarks (`make bench`, docs/benchmarks.md): figures runs and prints them all.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import socket
 import sys
@@ -16,13 +17,22 @@ import aiohttp
 STARTED = b"starting workers"  # Envoy logs it once, when its first listeners and clusters are there
 STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
-# Put before a command: its process ends when its parent does, however that ends (prctl PR_SET_PDEATHSIG, SIGKILL).
-# A preexec_fn would do the same in a forked copy of this process, where gRPC's fork handlers may hang.
-DIE_WITH_PARENT = (
-    sys.executable,
-    "-c",
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])",
-)
+
+def with_parent(*command: str) -> tuple[str, ...]:
+    """`command`, so started that its process ends when this one does, however this one ends (PR_SET_PDEATHSIG).
+
+    A preexec_fn would do the same in a forked copy of this process, where gRPC's fork handlers may hang.
+    """
+    return (sys.executable, "-c", _SHIM, str(os.getpid()), *command)
+
+
+# The parent may have ended before prctl(PR_SET_PDEATHSIG, SIGKILL) was called: then another process is it now.
+_SHIM = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class EnvoyNotFoundError(Exception):
@@ -57,13 +67,12 @@ class Envoy:
     ) -> None:
         self.admin = admin
         self.log = log
-        self._command = [
-            *DIE_WITH_PARENT,
+        self._command = with_parent(
             find_envoy(),
             *("-c", str(bootstrap)),
             *("--use-dynamic-base-id", "--component-log-level", "ext_proc:error", "--drain-time-s", "3600"),
             *arguments,
-        ]
+        )
         self._process: asyncio.subprocess.Process | None = None
         self._started = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     name = parser.parse_args(arguments[:1]).command
+    # gRPC's core writes lines of its own past our log; what matters it also raises. Read when gRPC is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     module_name, text = COMMANDS[name]
     module = importlib.import_module(module_name)
     command = argparse.ArgumentParser(
@@ -58,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves epilogs as they are written."""
+    """Shows the defaults there are, and leaves epilogs as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 if __name__ == "__main__":

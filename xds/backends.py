@@ -6,6 +6,7 @@ its routes name and no others.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,11 +28,14 @@ from xds.model import (
     Rejection,
     Service,
     ServicePort,
+    authority,
 )
 
 POOL_GROUPS = (INFERENCE, INFERENCE_X)
 
 METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
+
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 
 def pool_cluster_name(namespace: str, name: str) -> str:
@@ -152,7 +156,7 @@ def service_cluster(
             if port.name in piece.ports
             for entry in piece.endpoints
             if entry.ready and not entry.terminating
-            for address in entry.addresses
+            for address in entry.addresses[:1]  # they are interchangeable, and one endpoint has one share
         ]
     else:
         endpoints = [
@@ -204,15 +208,15 @@ def _metrics_url(pod: Pod, port: int, several: bool) -> str:
     if notes.get("prometheus.io/scrape") == "false":
         return ""
     annotated = notes.get("prometheus.io/port", "")
-    number = int(annotated) if annotated.isdecimal() and 0 < int(annotated) < 65536 and not several else port
+    number = int(annotated) if _PORT.fullmatch(annotated) and int(annotated) < 65536 and not several else port
     path = notes.get("prometheus.io/path", METRICS_PATH)
-    return f"http://{_host(pod.ip)}:{number}{path if path.startswith('/') else '/' + path}"
-
-
-def _host(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
+    return f"http://{authority(pod.ip, number)}{path if path.startswith('/') else '/' + path}"
 
 
 def _distinct(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
-    """Sorted, one for each address and port: Envoy refuses an assignment that names a host twice."""
-    return tuple(sorted({(e.address, e.port): e for e in sorted(endpoints, reverse=True)}.values()))
+    """Sorted, one for each address and port: Envoy refuses an assignment that names a host twice.
+
+    Of a pod that drains and one that has its address already, the second counts.
+    """
+    by_preference = sorted(endpoints, key=lambda e: (e.draining, e), reverse=True)
+    return tuple(sorted({(e.address, e.port): e for e in by_preference}.values()))

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
-from xds.model import Config, Forward, Level, Rejection, Respond, Topology
+from xds.model import Forward, Level, Rejection, Respond, Topology
 from xds.resolve import CONTROLLER_NAMES, resolve
 from xds.translate import translate
 
@@ -47,28 +47,12 @@ def check(directory: Path, controller_names: tuple[str, ...], out: TextIO) -> in
     for line in _served(topology):
         print(line, file=out)
     warnings = _count(rejections, Level.WARNING)
-    print(f"{_objects(config)} objects accepted, {errors} errors, {warnings} warnings", file=out)
+    print(f"{len(config.objects)} objects accepted, {errors} errors, {warnings} warnings", file=out)
     return 1 if errors else 0
 
 
 def _count(rejections: tuple[Rejection, ...], level: Level) -> int:
     return sum(rejection.level is level for rejection in rejections)
-
-
-def _objects(config: Config) -> int:
-    kinds = (
-        config.gateway_classes,
-        config.gateways,
-        config.http_routes,
-        config.reference_grants,
-        config.traffic_policies,
-        config.services,
-        config.endpoint_slices,
-        config.pods,
-        config.pools,
-        config.models,
-    )
-    return sum(map(len, kinds))
 
 
 def _served(topology: Topology) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import structlog
@@ -17,7 +18,7 @@ import structlog
 from xds.envoy import Options
 from xds.loads import pool_load
 from xds.metrics import EndpointCollector, EndpointState, Metrics
-from xds.model import Cluster, Config, Endpoint, Level, Rejection, Topology
+from xds.model import Cluster, Config, Endpoint, Level, Rejection, Topology, authority
 from xds.resolve import CONTROLLER_NAMES, resolve
 from xds.scrape import Reading, Scraper
 from xds.server import ManagementServer
@@ -57,6 +58,7 @@ class Control:
         self.loads: dict[str, bytes] = {}
         self.round = 0
         self._turn = asyncio.Lock()  # one change at a time
+        self._published = asyncio.Event()  # set, and replaced, at each publication
         metrics.registry.register(EndpointCollector(self.states))
 
     async def run(self, configs: AsyncIterator[Config]) -> None:
@@ -81,6 +83,7 @@ class Control:
             # In a thread: listeners, routes and clusters cost milliseconds each, and streams must not wait for that.
             snapshot = await asyncio.to_thread(translate, topology, self.options, self._weights())
             seconds = time.perf_counter() - began
+            self._count(config)
             self._report_rejections((*config.rejections, *topology.rejections))
             _log_endpoints(self.topology.clusters, topology.clusters)
             self.topology = topology
@@ -113,6 +116,11 @@ class Control:
             snapshot = with_loads(self.snapshot, self.loads)
             self._publish(reweigh(snapshot, changed, self._weights()) if changed else snapshot)
 
+    async def wait_until(self, true: Callable[[Control], bool]) -> None:
+        """Wait until `true` holds for what is served; it is asked now and after each publication."""
+        while not true(self):
+            await self._published.wait()
+
     def states(self) -> Iterable[EndpointState]:
         """What /metrics says of each pool's endpoints."""
         now = self.clock()
@@ -127,24 +135,34 @@ class Control:
             return
         self.snapshot = snapshot
         self.server.publish(snapshot)
+        self._published.set()
+        self._published = asyncio.Event()
 
     def _weights(self) -> Weights:
         return {name: {key: m.weight for key, m in pool.members.items()} for name, pool in self.pools.items()}
 
+    def _count(self, config: Config) -> None:
+        result = "rejected" if any(each.level is Level.ERROR for each in config.rejections) else "ok"
+        self.metrics.loads.labels(result).inc()
+        self.metrics.objects.clear()
+        for kind, count in Counter(each.meta.ref.kind for each in config.objects).items():
+            self.metrics.objects.labels(kind).set(count)
+
     def _report_rejections(self, current: Iterable[Rejection]) -> None:
         """One line for each rejection that is new, and one for each that is gone."""
-        rejections = tuple(dict.fromkeys(current))
+        before = dict.fromkeys(self.rejections)
+        rejections = dict.fromkeys(current)  # in order, without repetitions
         for rejection in rejections:
-            if rejection not in self.rejections:
+            if rejection not in before:
                 write = log.error if rejection.level is Level.ERROR else log.warning
                 write("object rejected", **_fields(rejection))
-        for rejection in self.rejections:
+        for rejection in before:
             if rejection not in rejections:
                 log.info("rejection cleared", **_fields(rejection))
         self.metrics.rejections.clear()
         for rejection in rejections:
             self.metrics.rejections.labels(rejection.level, rejection.reason).inc()
-        self.rejections = rejections
+        self.rejections = tuple(rejections)
 
 
 def _sample(endpoint: Endpoint, readings: Mapping[str, Reading]) -> Sample:
@@ -201,7 +219,7 @@ def _log_endpoint(cluster: str, key: str, old: Endpoint | None, new: Endpoint | 
     elif new.draining and not old.draining:
         event = "endpoint draining"
     shown = new or old
-    log.info(event, cluster=cluster, endpoint=key, address=f"{shown.address}:{shown.port}" if shown else "")
+    log.info(event, cluster=cluster, endpoint=key, address=authority(shown.address, shown.port) if shown else "")
 
 
 def _log_weights(changes: Iterable[WeightChange]) -> None:

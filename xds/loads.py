@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xds.model import Cluster
+from xds.model import Cluster, authority
 from xds.weights import Member, Pool
 from xds.wire import load_pb2 as pb
 
@@ -13,7 +13,7 @@ def pool_load(cluster: Cluster, pool: Pool, now: float, report: int) -> bytes:
     for endpoint in sorted(cluster.endpoints, key=lambda e: e.hash_key):
         if not endpoint.draining:
             entry = message.endpoints.add(
-                hash_key=endpoint.hash_key, address=f"{endpoint.address}:{endpoint.port}", age=-1.0
+                hash_key=endpoint.hash_key, address=authority(endpoint.address, endpoint.port), age=-1.0
             )
             _fill(entry, pool.members.get(endpoint.hash_key), now)
     return message.SerializeToString(deterministic=True)

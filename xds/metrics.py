@@ -21,7 +21,12 @@ class Metrics:
         # configuration
         self.objects = Gauge("vllm_xds_objects", "Accepted objects.", ["kind"], registry=r)
         self.rejections = Gauge("vllm_xds_rejections", "Current rejections.", ["level", "reason"], registry=r)
-        self.loads = Counter("vllm_xds_config_loads", "Times the configuration was read.", ["result"], registry=r)
+        self.loads = Counter(
+            "vllm_xds_config_loads",
+            "Times the configuration was read: ok, or rejected in part.",
+            ["result"],
+            registry=r,
+        )
         self.translate_seconds = Histogram(
             "vllm_xds_translate_seconds",
             "From a change of objects to a new snapshot.",

@@ -377,6 +377,27 @@ class Config:
     models: tuple[InferenceModel, ...] = ()
     rejections: tuple[Rejection, ...] = ()
 
+    @property
+    def objects(self) -> tuple[Object, ...]:
+        """Those of every kind."""
+        return (
+            *self.gateway_classes,
+            *self.gateways,
+            *self.http_routes,
+            *self.reference_grants,
+            *self.traffic_policies,
+            *self.services,
+            *self.endpoint_slices,
+            *self.pods,
+            *self.pools,
+            *self.models,
+        )
+
+
+def authority(address: str, port: int) -> str:
+    """`address:port` as a URL has it: IPv6 in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
 
 # --- topology: what Envoy shall do, before it is said in Envoy's words -----------------------------------------------
 

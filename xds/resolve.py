@@ -11,11 +11,12 @@ backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#ht
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from xds.backends import Backends, unserved_targets
 from xds.model import (
+    GATEWAY,
     BackendTrafficPolicy,
     Cluster,
     Config,
@@ -65,17 +66,20 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     listeners = list(_distinct_listeners(gateways, rejections))
     backends = Backends(config)
 
-    by_port: dict[int, list[_Attached]] = {listener.port: [] for _, listener in listeners}  # no route: it answers 404
+    ports: dict[int, list[Listener]] = {}
+    for _, listener in listeners:
+        ports.setdefault(listener.port, []).append(listener)
+    attached: dict[int, list[_Attached]] = {port: [] for port in ports}
     for route in config.http_routes:
-        for attached in _attach(route, listeners, config, rejections):
-            by_port[attached.listener.port].append(attached)
+        for each in _attach(route, listeners, ports, config, rejections):
+            attached[each.listener.port].append(each)
 
     actions = _Actions(config, backends, rejections)
-    ports = tuple(
-        PortListener(port, tuple(_virtual_hosts(attached, actions))) for port, attached in sorted(by_port.items())
+    port_listeners = tuple(
+        PortListener(port, tuple(_virtual_hosts(ports[port], attached[port], actions))) for port in sorted(ports)
     )
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(ports, clusters, tuple(dict.fromkeys(rejections)))
+    return Topology(port_listeners, clusters, tuple(dict.fromkeys(rejections)))
 
 
 # --- gateways and listeners -------------------------------------------------------------------------------------------
@@ -114,13 +118,18 @@ def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) ->
 
 
 def _attach(
-    route: HTTPRoute, listeners: list[tuple[Gateway, Listener]], config: Config, rejections: list[Rejection]
+    route: HTTPRoute,
+    listeners: list[tuple[Gateway, Listener]],
+    ports: Mapping[int, list[Listener]],
+    config: Config,
+    rejections: list[Rejection],
 ) -> Iterator[_Attached]:
     known = {g.meta.ref for g in config.gateways}
     ours = {g.meta.ref for g, _ in listeners}
     for i, parent in enumerate(route.parents):
         where = f"spec.parentRefs[{i}]"
-        if parent.ref.kind != "Gateway" or (parent.ref in known and parent.ref not in ours):
+        is_gateway = (parent.ref.group, parent.ref.kind) == (GATEWAY, "Gateway")
+        if not is_gateway or (parent.ref in known and parent.ref not in ours):
             continue  # another controller's, or rejected as a Gateway already
         if parent.ref not in known:
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
@@ -138,10 +147,9 @@ def _attach(
         elif not reached:
             message = f"no hostname of the route ({', '.join(route.hostnames)}) is one of {parent.ref}'s listeners"
             rejections.append(_about(route, "NoMatchingListenerHostname", message, "spec.hostnames"))
-        port_listeners = [listener for _, listener in listeners]
         for (gateway, listener), host in reached:
             # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
-            if _most_specific(port_listeners, listener.port, host) is listener:
+            if _most_specific(ports[listener.port], host) is listener:
                 for index, rule in enumerate(route.rules):
                     yield _Attached(host, listener, gateway, route, rule, index)
 
@@ -180,14 +188,7 @@ def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
 
 def _covers(wide: str, narrow: str) -> bool:
     """Whether every name `narrow` stands for is one of `wide`'s: equal, or under `*.suffix`, or `*`."""
-    if wide in (narrow, ANY_HOST):
-        return True
-    return (
-        wide.startswith("*.")
-        and narrow != ANY_HOST
-        and narrow.removeprefix("*").endswith(wide[1:])
-        and narrow != wide[2:]
-    )
+    return wide in (narrow, ANY_HOST) or (wide.startswith("*.") and narrow.removeprefix("*").endswith(wide[1:]))
 
 
 def _specificity(hostname: str) -> tuple[bool, int]:
@@ -195,22 +196,25 @@ def _specificity(hostname: str) -> tuple[bool, int]:
     return (not hostname.startswith("*"), len(hostname))
 
 
-def _most_specific(listeners: list[Listener], port: int, hostname: str) -> Listener:
-    covering = [li for li in listeners if li.port == port and _covers(li.hostname or ANY_HOST, hostname)]
-    return max(covering, key=lambda li: _specificity(li.hostname or ANY_HOST))
+def _most_specific(listeners: Iterable[Listener], hostname: str) -> Listener:
+    """Of the listeners of one port, the one that takes the requests for `hostname`; one of them has to cover it."""
+    covering = [listener for listener in listeners if _covers(listener.hostname or ANY_HOST, hostname)]
+    return max(covering, key=lambda listener: _specificity(listener.hostname or ANY_HOST))
 
 
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
 
 
-def _virtual_hosts(attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
-    """One for each hostname; it also holds the rules of every wider hostname of its listener, after its own.
+def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
+    """One for each hostname of a port; it also holds the rules of every wider hostname of its listener, after its own.
 
     Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
-    matches go on to the less specific one.
+    matches go on to the less specific one, but never to another listener: a listener's own hostname has a virtual host
+    even where no route has it, which answers 404 instead of a wider listener.
     """
-    for hostname in sorted({a.hostname for a in attached}):
-        owner = next(a.listener for a in attached if a.hostname == hostname)
+    hostnames = {a.hostname for a in attached} | {listener.hostname for listener in listeners if listener.hostname}
+    for hostname in sorted(hostnames):
+        owner = _most_specific(listeners, hostname)
         candidates = [
             (_specificity(a.hostname), a, match, j)
             for a in attached

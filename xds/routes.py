@@ -89,17 +89,17 @@ def route_configuration(source: model.PortListener) -> RouteConfiguration:
     """The RDS resource of one port; hostnames match whatever port the client wrote behind them."""
     return RouteConfiguration(
         name=listener_name(source.port),
-        virtual_hosts=[_virtual_host(host) for host in source.virtual_hosts],
+        virtual_hosts=[_virtual_host(host, source.port) for host in source.virtual_hosts],
         ignore_port_in_host_matching=True,
     )
 
 
-def _virtual_host(source: model.VirtualHost) -> VirtualHost:
+def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
     by_model = any(header.name == MODEL_HEADER for route in source.routes for header in route.match.headers)
     host = VirtualHost(
         name=source.hostname,
         domains=[source.hostname],
-        routes=[_route(route, by_model=by_model) for route in source.routes],
+        routes=[_route(route, source.hostname, port, by_model=by_model) for route in source.routes],
     )
     if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
         host.request_body_buffer_limit = BODY_LIMIT
@@ -120,25 +120,26 @@ def _switched_on(*filters: str) -> dict[str, Any]:
     return {name: Any.pack(FilterConfig(config=Any())) for name in filters}
 
 
-def _route(source: model.Route, *, by_model: bool) -> Route:
+def _route(source: model.Route, hostname: str, port: int, *, by_model: bool) -> Route:
     route = Route(name=source.name, match=_match(source.match))
     _modify_headers(route, source.filters)
+    picked = isinstance(source.action, Forward) and source.action.picked
     match source.action:
         case RequestRedirect() as redirect:
-            route.redirect = _redirect(redirect, source.match)
+            route.redirect = _redirect(redirect, source.match, hostname, port)
         case Respond(status=status):
             text = f"no valid backend behind route {source.name}\n" if status == 500 else ""
             body = DataSource(inline_string=text) if text else None
             route.direct_response = DirectResponseAction(status=status, body=body)
         case Forward() as forward:
             route.route = _forward(forward, source.match)
-            if forward.picked and not by_model:
-                route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
-            elif by_model and not forward.picked:
-                route.typed_per_filter_config = {
-                    EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
-                    BUFFER: Any.pack(BufferPerRoute(disabled=True)),
-                }
+    if picked and not by_model:
+        route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
+    elif by_model and not picked:
+        route.typed_per_filter_config = {
+            EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
+            BUFFER: Any.pack(BufferPerRoute(disabled=True)),
+        }
     return route
 
 
@@ -236,17 +237,26 @@ def _retries(per_try: float | None) -> RetryPolicy:
     )
 
 
-def _redirect(source: RequestRedirect, match: model.RouteMatch) -> RedirectAction:
+def _redirect(source: RequestRedirect, match: model.RouteMatch, hostname: str, port: int) -> RedirectAction:
+    """A redirect on the virtual host `hostname` of listener port `port`.
+
+    "If redirect scheme is not-empty, the redirect port MUST be the well-known port associated with the redirect
+    scheme. [...] If redirect scheme is empty, the redirect port MUST be the Gateway Listener port." The scheme's own
+    port "SHOULD NOT" be added to the Location. Without `host_redirect` Envoy keeps the Host header with its port, which
+    only an explicit `port_redirect` replaces: there it is left out on port 80 alone, where Host has no other.
+    """
+    host = source.hostname or ("" if hostname.startswith("*") else hostname)
+    implied = _WELL_KNOWN[source.scheme or "http"]
+    target = source.port or (implied if source.scheme else port)
     action = RedirectAction(
         scheme_redirect=source.scheme or None,
-        host_redirect=source.hostname,
-        # Without a port the API derives it from the scheme, where one is given.
-        port_redirect=source.port or _WELL_KNOWN.get(source.scheme, 0),
+        host_redirect=host,
+        port_redirect=0 if target == implied and (host or port == 80) else target,
         response_code=_STATUS[source.status],
     )
     if source.path is not None:
         if source.path.full:
-            action.path_redirect = source.path.value
+            action.path_redirect = _absolute(source.path.value)
         else:
             _rewrite_path(action, source.path, match)
     return action
@@ -255,15 +265,19 @@ def _redirect(source: RequestRedirect, match: model.RouteMatch) -> RedirectActio
 def _rewrite_path(action: RouteAction | RedirectAction, path: PathModifier, match: model.RouteMatch) -> None:
     """ReplaceFullPath, or ReplacePrefixMatch by path elements: with exactly one slash where the two meet."""
     if path.full:
-        action.regex_rewrite = _substitute("^/.*$", path.value)
+        action.regex_rewrite = _substitute("^/.*$", _absolute(path.value))
         return
-    prefix, replacement = _prefix(match.path.value), _prefix(path.value)
+    prefix, replacement = _prefix(match.path.value), _prefix(_absolute(path.value))
     if prefix and replacement:
         action.prefix_rewrite = replacement
     elif prefix:
         action.regex_rewrite = _substitute(f"^{re.escape(prefix)}/*", "/")
     else:
         action.prefix_rewrite = f"{replacement}/"
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("/") else f"/{path}"
 
 
 def _substitute(pattern: str, text: str) -> RegexMatchAndSubstitute:

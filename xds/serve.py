@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import signal
 import sys
 from collections.abc import Coroutine
@@ -96,8 +97,8 @@ def positive(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    log.configure(args.log_format, args.log_level)
     try:
+        ipaddress.ip_address(args.bind)
         for address in (args.status, *(args.listen or ())):
             bootstrap.split_address(address)
         for address in args.picker or ():
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
+    log.configure(args.log_format, args.log_level)
     try:
         uvloop.run(_serve(args))
     except (DirectoryError, OSError, RuntimeError) as error:

@@ -1,0 +1,76 @@
+"""The bootstrap of an Envoy. That Envoy takes it, and that the file in the tree is it, is in tests/test_golden.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bootstrap
+
+
+def rendered(*args: Any, **kw: Any) -> Any:
+    return yaml.safe_load(bootstrap.render(*args, **kw))
+
+
+def server_address(document: Any) -> dict[str, Any]:
+    (cluster,) = document["static_resources"]["clusters"]
+    (locality,) = cluster["load_assignment"]["endpoints"]
+    (endpoint,) = locality["lb_endpoints"]
+    found: dict[str, Any] = endpoint["endpoint"]["address"]["socket_address"]
+    return found
+
+
+def test_state_of_the_world_differs_in_one_line() -> None:
+    """The variant is chosen by `api_type` alone."""
+    delta, sotw = (bootstrap.render(delta=each).splitlines() for each in (True, False))
+    different = [(a.strip(), b.strip()) for a, b in zip(delta, sotw, strict=True) if a != b]
+    assert different == [("api_type: DELTA_GRPC", "api_type: GRPC")]
+
+
+@pytest.mark.parametrize(
+    ("server", "address", "discovery"),
+    [
+        ("10.0.0.1:18000", {"address": "10.0.0.1", "port_value": 18000}, "STATIC"),
+        ("[fd00::1]:18000", {"address": "fd00::1", "port_value": 18000}, "STATIC"),
+        ("xds.gateway.svc:1", {"address": "xds.gateway.svc", "port_value": 1}, "STRICT_DNS"),
+    ],
+)
+def test_a_name_is_looked_up_and_an_address_is_not(server: str, address: dict[str, Any], discovery: str) -> None:
+    """Envoy refuses a name in a STATIC cluster, and would ask DNS for an address."""
+    document = rendered(server)
+    assert server_address(document) == address
+    assert document["static_resources"]["clusters"][0]["type"] == discovery
+
+
+NAMES = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(max_examples=30)  # reading YAML is slow
+@given(NAMES, NAMES)
+def test_names_are_what_was_given(node_id: str, node_cluster: str) -> None:
+    """No character ends the string it is in, or becomes another type."""
+    node = rendered(node_id=node_id, node_cluster=node_cluster)["node"]
+    assert node == {"id": node_id, "cluster": node_cluster}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", ":1", "host:", "host:0", "host:65536", "host:-1", "host:1x", "host:" + "9" * 5000]
+)
+def test_what_is_no_address_is_refused(text: str) -> None:
+    """By a sentence, for the server as for the admin API."""
+    with pytest.raises(ValueError, match=r"HOST:PORT|integer string"):
+        bootstrap.render(text)
+    with pytest.raises(ValueError, match=r"HOST:PORT|integer string"):
+        bootstrap.render(admin=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"), [("a:1", ("a", 1)), ("[::1]:65535", ("::1", 65535)), ("127.0.0.1:80", ("127.0.0.1", 80))]
+)
+def test_addresses_are_split(text: str, parts: tuple[str, int]) -> None:
+    """Brackets belong to the text, not to the host."""
+    assert bootstrap.split_address(text) == parts

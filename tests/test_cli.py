@@ -1,0 +1,222 @@
+"""The commands as a person meets them: help, mistakes, and `serve` as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+import bootstrap
+from bench.envoy import free_port
+from tests.goldens import ROOT
+from tests.test_check import WHOLE
+from xds.__main__ import COMMANDS, main
+
+BOUND = 30.0  # seconds for anything awaited here, far above what it takes
+OURS = ("serve", "check", "bootstrap")
+
+
+# --- help and mistakes ---
+
+
+def exit_code(*argv: str) -> int:
+    """What the command ends with, whether it returns or argparse does."""
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what it does, and how to see it all work."""
+    assert exit_code("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert "vllm-xds demo" in text
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option has a sentence, and the defaults there are are shown once."""
+    assert exit_code(command, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"usage: vllm-xds {command} ")
+    assert "(default: None)" not in text
+    assert ") (default:" not in text
+
+
+def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those a person needs to connect the parts."""
+    exit_code("serve", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("127.0.0.1:18000", "127.0.0.1:19001", "127.0.0.1:18001", "0.0.0.0", "0.2", "2.0"):
+        assert f"(default: {default})" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "COMMAND"),
+        (("nonsense",), "invalid choice: 'nonsense'"),
+        (("serve",), "--config"),
+        (
+            ("serve", "--config", ".", "--listen", "here"),
+            "expected HOST:PORT with a port from 1 to 65535, found 'here'",
+        ),
+        (("serve", "--config", ".", "--status", "h:0"), "expected HOST:PORT with a port from 1 to 65535, found 'h:0'"),
+        (("serve", "--config", ".", "--picker", "h"), "expected HOST:PORT with a port from 1 to 65535, found 'h'"),
+        (("serve", "--config", ".", "--bind", "here"), "'here' does not appear to be an IPv4 or IPv6 address"),
+        (("serve", "--config", ".", "--scrape-interval", "0"), "expected seconds above 0, found 0"),
+        (("serve", "--config", ".", "--picker-timeout", "x"), "'x'"),
+        (("serve", "--config", ".", "--log-level", "loud"), "'loud'"),
+        (("bootstrap", "--server", "x"), "expected HOST:PORT with a port from 1 to 65535, found 'x'"),
+        (("bootstrap", "--admin", "x:99999"), "expected HOST:PORT with a port from 1 to 65535, found 'x:99999'"),
+        (("check",), "DIR"),
+    ],
+)
+def test_wrong_usage_is_2_and_a_sentence(argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line names what was wrong, on standard error."""
+    assert exit_code(*argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("vllm-xds")
+    assert said in last
+
+
+def test_bootstrap_prints_a_bootstrap(capsys: pytest.CaptureFixture[str]) -> None:
+    """The options are render's arguments, and nothing else is printed."""
+    assert exit_code("bootstrap") == 0
+    assert capsys.readouterr().out == (ROOT / "bootstrap" / "envoy.yaml").read_text()
+    options = ("--server", "a:1", "--node-id", "n", "--node-cluster", "c", "--admin", "b:2", "--sotw")
+    assert exit_code("bootstrap", *options) == 0
+    assert capsys.readouterr().out == bootstrap.render("a:1", "n", "c", "b:2", delta=False)
+
+
+# --- serve ---
+
+
+class Server:
+    """`vllm-xds serve` as a child process, its log lines read as they come."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """The next line with this event."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(BOUND):
+            while line := await self.process.stderr.readline():
+                self.lines.append(line.decode())
+                fields: dict[str, Any] = json.loads(line)
+                if fields["event"] == name:
+                    return fields
+        raise AssertionError(f"no {name!r} in {self.lines}")
+
+    async def end(self) -> tuple[int, list[str]]:
+        """Its exit code, and what it said last."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(BOUND):
+            rest = await self.process.stderr.read()
+            return await self.process.wait(), rest.decode().splitlines()
+
+
+@asynccontextmanager
+async def serve(config: Path, listen: int, status: int) -> AsyncIterator[Server]:
+    options = ("--config", str(config), "--listen", f"127.0.0.1:{listen}", "--status", f"127.0.0.1:{status}")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "xds", "serve", *options, "--scrape-interval", "0.2"),
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield Server(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def test_serve_from_start_to_end(tmp_path: Path) -> None:
+    """It logs JSON, gets ready, follows edits, names a mistake, serves on, says when it is gone, obeys SIGTERM."""
+
+    def write(text: str) -> None:  # whole, as editors do: nobody reads half of it
+        (tmp_path / ".new").write_text(text)
+        (tmp_path / ".new").rename(tmp_path / "all.yaml")
+
+    write(WHOLE)
+    status = free_port()
+    async with serve(tmp_path, free_port(), status) as server, aiohttp.ClientSession() as session:
+
+        async def get(path: str) -> tuple[int, str]:
+            async with session.get(f"http://127.0.0.1:{status}{path}") as response:
+                return response.status, await response.text()
+
+        started = await server.event("server started")
+        assert started["config"] == str(tmp_path)
+        applied = await server.event("configuration applied")
+        assert (applied["ports"], applied["rejections"]) == ([8080], 0)
+        assert await get("/readyz") == (200, "ready\n")
+
+        write(WHOLE.replace("port: 8080", "port: 8081"))
+        assert (await server.event("configuration applied"))["ports"] == [8081]
+
+        write(WHOLE.replace("port: 8080", "port: none"))
+        rejected = await server.event("object rejected")
+        assert (rejected["object"], rejected["field"]) == ("Gateway default/gw", "spec.listeners[0].port")
+        assert rejected["source"] == "all.yaml:6"
+        assert (await server.event("configuration applied"))["ports"] == [8081]  # the last good one
+        assert await get("/readyz") == (200, "ready\n")
+        assert 'vllm_xds_rejections{level="error",reason="Invalid"} 1.0' in (await get("/metrics"))[1]
+
+        write(WHOLE)
+        await server.event("rejection cleared")
+        assert (await server.event("configuration applied"))["ports"] == [8080]
+
+        server.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(3):
+            await server.process.wait()
+        code, rest = await server.end()
+        assert code == 0
+        assert json.loads(rest[-1])["event"] == "server stopped"
+
+
+async def test_serve_without_its_directory_ends_with_a_sentence(tmp_path: Path) -> None:
+    """Exit code 1; beside the log's own lines one that says why, and no traceback."""
+    missing = tmp_path / "missing"
+    async with serve(missing, free_port(), free_port()) as server:
+        code, lines = await server.end()
+    assert code == 1
+    assert [line for line in lines if not line.startswith("{")] == [
+        f"vllm-xds serve: cannot read {missing}: No such file or directory"
+    ]
+
+
+@pytest.mark.parametrize("which", ["listen", "status"])
+async def test_serve_on_a_busy_port_ends_with_a_sentence(which: str) -> None:
+    """Exit code 1 and one line, which names the port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = taken.getsockname()[1]
+        ports = {"listen": free_port(), "status": free_port()} | {which: busy}
+        async with serve(ROOT / "manifests" / "demo", **ports) as server:
+            code, lines = await server.end()
+    assert code == 1
+    (line,) = lines
+    assert line.startswith("vllm-xds serve: ")
+    assert str(busy) in line

@@ -1,0 +1,330 @@
+"""The flow from objects and readings to the management server, with the server's place taken by a recorder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from tests.objects import backend, config, gateway, gateway_class, parent, pod, pool, route, rule, service
+from tests.test_translate import weights_of
+from xds import snapshot as types
+from xds.control import Control
+from xds.directory import DirectoryError, DirectorySource
+from xds.envoy import Options
+from xds.metrics import Metrics
+from xds.model import Config, Level, Load, Object, ObjectRef, Pod, Rejection
+from xds.scrape import Reading, Scraper
+from xds.server import ManagementServer
+from xds.snapshot import Snapshot
+from xds.translate import translate
+from xds.weights import BASE
+from xds.wire import discovery_pb2 as wire
+from xds.wire import load_pb2 as pb
+
+POOL = "pool/default/llm"
+A, B, C = (pod(name, f"10.0.0.{i}") for i, name in enumerate("abc", 1))
+METRICS = {each.meta.ref.name: f"http://{each.ip}:8000/metrics" for each in (A, B, C)}
+REJECTION = Rejection(ObjectRef("", "Service", "default", "x"), "Invalid", "expected y", "spec.z", "f.yaml:3")
+
+
+class Recorder:
+    """A management server without clients: what was published, in order."""
+
+    def __init__(self) -> None:
+        self.published: list[Snapshot] = []
+
+    def publish(self, snapshot: Snapshot) -> None:
+        self.published.append(snapshot)
+
+    @property
+    def last(self) -> Snapshot:
+        return self.published[-1]
+
+
+class World:
+    """A control loop whose clock the test holds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.recorder = Recorder()
+        self.metrics = Metrics()
+        self.scraper = Scraper(self.metrics, 2.0)
+        self.control = Control(
+            cast("ManagementServer", self.recorder),
+            self.scraper,
+            self.metrics,
+            interval=2.0,
+            options=Options(),
+            clock=lambda: self.now,
+        )
+
+    async def follow(self, rounds: int = 1, **loads: Load) -> None:
+        """Rounds of 2 s in which the pages of these pods, by name, are read."""
+        for _ in range(rounds):
+            self.now += 2.0
+            await self.control.follow({METRICS[name]: Reading(load, self.now) for name, load in loads.items()})
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def logs() -> Iterator[list[MutableMapping[str, Any]]]:
+    with capture_logs() as captured:
+        yield captured
+
+
+Logs = list[MutableMapping[str, Any]]
+
+
+def objects(*pods: Pod, extra: tuple[Object, ...] = ()) -> Config:
+    llm = backend("llm", "InferencePool", port=0)
+    return config(gateway_class(), gateway(), route(rule(llm)), pool(), *pods, *extra)
+
+
+def events(logs: Logs, *names: str) -> list[str]:
+    return [entry["event"] for entry in logs if not names or entry["event"] in names]
+
+
+def pool_loads(snapshot: Snapshot) -> dict[str, pb.PoolLoad]:
+    resources = snapshot.resources[types.POOL_LOAD]
+    return {name: pb.PoolLoad.FromString(wire.Any.FromString(each.any).value) for name, each in resources.items()}
+
+
+QUEUED = Load(running=20, waiting=60, kv_usage=0.5, kv_tokens=1000)
+IDLE = Load(running=20, waiting=0, kv_usage=0.5, kv_tokens=1000)
+
+
+# --- configure ---
+
+
+async def test_a_configuration_is_published(world: World, logs: Logs) -> None:
+    """Objects in, one snapshot out, and one line that says what is served; endpoints are not logged one by one."""
+    await world.control.configure(objects(A, B))
+    assert len(world.recorder.published) == 1
+    assert weights_of(world.recorder.last) == [BASE, BASE]
+    assert world.control.snapshot is world.recorder.last
+    (line,) = logs
+    assert line["event"] == "configuration applied"
+    assert (line["ports"], line["routes"], line["clusters"], line["rejections"]) == ([8080], 1, {POOL: 2}, 0)
+
+
+async def test_endpoints_that_come_drain_and_go_are_logged_once(world: World, logs: Logs) -> None:
+    """An operator sees a rollout pod by pod, and nothing when nothing changed."""
+    await world.control.configure(objects(A, B))
+    await world.control.configure(objects(replace(A, deleting=True), B, C))
+    await world.control.configure(objects(replace(B, ip="10.0.0.9"), C))
+    await world.control.configure(objects(replace(B, ip="10.0.0.9"), C))
+    names = ("endpoint added", "endpoint draining", "endpoint removed", "endpoint changed")
+    seen = [(e["event"], e["endpoint"], e["address"], e["cluster"]) for e in logs if e["event"] in names]
+    assert seen == [
+        ("endpoint draining", "default/a", "10.0.0.1:8000", POOL),
+        ("endpoint added", "default/c", "10.0.0.3:8000", POOL),
+        ("endpoint removed", "default/a", "10.0.0.1:8000", POOL),
+        ("endpoint changed", "default/b", "10.0.0.9:8000", POOL),
+    ]
+
+
+async def test_a_rejection_is_logged_when_it_comes_and_when_it_goes(world: World, logs: Logs) -> None:
+    """Once each, however often the rest changes, with what an author needs to find it."""
+    broken = replace(objects(A), rejections=(REJECTION, REJECTION))
+    for each in (broken, replace(objects(A, B), rejections=(REJECTION,)), objects(A), objects(A, B)):
+        await world.control.configure(each)
+    seen = [e for e in logs if e["event"] in ("object rejected", "rejection cleared")]
+    about = {
+        "object": "Service default/x",
+        "field": "spec.z",
+        "reason": "Invalid",
+        "message": "expected y",
+        "source": "f.yaml:3",
+    }
+    assert seen == [
+        {"event": "object rejected", "log_level": "error", **about},
+        {"event": "rejection cleared", "log_level": "info", **about},
+    ]
+
+
+async def test_warnings_are_warnings_and_empty_fields_are_left_out(world: World, logs: Logs) -> None:
+    """A document whose object is not known has no `object`."""
+    warning = Rejection(None, "UnknownKind", "not served", level=Level.WARNING)
+    await world.control.configure(replace(objects(A), rejections=(warning,)))
+    (seen,) = [e for e in logs if e["event"] == "object rejected"]
+    assert seen == {
+        "event": "object rejected",
+        "log_level": "warning",
+        "reason": "UnknownKind",
+        "message": "not served",
+    }
+    assert [e["rejections"] for e in logs if e["event"] == "configuration applied"] == [0]
+
+
+async def test_metrics_count_objects_and_current_rejections(world: World) -> None:
+    """Gauges follow down as well as up; every reading is counted by its result."""
+    missing = route(rule(backend("missing"), backend("missing", port=1)), name="z", parents=[parent()])
+    await world.control.configure(replace(objects(A, B, extra=(missing,)), rejections=(REJECTION,)))
+    assert world.value("vllm_xds_objects", kind="Pod") == 2
+    assert world.value("vllm_xds_rejections", level="error", reason="Invalid") == 1
+    assert world.value("vllm_xds_rejections", level="error", reason="BackendNotFound") == 1
+    await world.control.configure(objects(A))
+    assert world.value("vllm_xds_objects", kind="Pod") == 1
+    assert world.value("vllm_xds_rejections", level="error", reason="Invalid") is None
+    assert world.value("vllm_xds_config_loads_total", result="rejected") == 1
+    assert world.value("vllm_xds_config_loads_total", result="ok") == 1
+    assert world.value("vllm_xds_translate_seconds_count") == 2
+
+
+async def test_an_inconsistent_snapshot_is_not_published(world: World, logs: Logs) -> None:
+    """A defect of ours must not make Envoy answer 503: what is served stays, and an error names the hole."""
+    await world.control.configure(objects(A))
+    world.control._publish(translate(replace(world.control.topology, clusters=()), Options(), {}))
+    assert world.recorder.published == [world.control.snapshot]
+    (line,) = [e for e in logs if e["log_level"] == "error"]
+    assert (line["event"], line["missing"]) == ("snapshot inconsistent", [f"http-8080 -> {POOL}"])
+
+
+# --- follow ---
+
+
+async def test_nothing_is_followed_before_the_first_configuration(world: World) -> None:
+    """An answer before that would take a running Envoy's configuration away."""
+    await world.control.follow({})
+    assert world.recorder.published == []
+
+
+async def test_a_queue_moves_weights_and_says_why(world: World, logs: Logs) -> None:
+    """Readings that last change Envoy's endpoints, and one line has old, new, the reason and its inputs."""
+    await world.control.configure(objects(A, B, C))
+    await world.follow(10, a=QUEUED, b=IDLE, c=IDLE)
+    weights = weights_of(world.recorder.last)
+    assert weights[0] < BASE
+    assert weights[1:] == [BASE, BASE]
+    changes = [e for e in logs if e["event"] == "weight changed"]
+    assert changes[-1]["new"] == weights[0]
+    assert {e["endpoint"] for e in changes} == {"default/a"}
+    assert [(e["pool"], e["reason"]) for e in changes] == [(POOL, "queue")] * len(changes)
+    assert [e["old"] for e in changes] == [BASE, *(e["new"] for e in changes[:-1])]
+    assert changes[-1]["running"] == 20
+    assert 0 < changes[-1]["waiting"] <= 60
+
+
+async def test_each_round_is_a_pool_load_and_no_new_endpoints(world: World) -> None:
+    """The picker hears each round, Envoy nothing while no weight changes."""
+    await world.control.configure(objects(A, B))
+    before = world.recorder.last
+    await world.follow(2, a=IDLE, b=IDLE)
+    first, second = world.recorder.published[-2:]
+    assert [pool_loads(each)[POOL].round for each in (first, second)] == [1, 2]
+    assert first.versions[types.POOL_LOAD] != second.versions[types.POOL_LOAD]
+    for type_url in (types.LISTENER, types.ROUTE, types.CLUSTER, types.ENDPOINT):
+        assert second.resources[type_url] is before.resources[type_url]
+
+
+async def test_a_pool_load_has_every_pods_reading(world: World) -> None:
+    """A pod that was not read is there with a negative age; a failing one with the age of its last page."""
+    await world.control.configure(objects(A, B))
+    await world.follow(a=QUEUED)
+    world.now += 1.0
+    read_at = world.now - 1.0
+    await world.control.follow({METRICS["a"]: Reading(QUEUED, read_at, failures=1, reason="Timeout")})
+    a, b = pool_loads(world.recorder.last)[POOL].endpoints
+    assert (a.hash_key, a.running, a.waiting, a.kv_tokens, a.age) == ("default/a", 20, 60, 1000, 1.0)
+    assert (b.hash_key, b.running, b.age) == ("default/b", 0, -1.0)
+
+
+async def test_a_change_of_objects_between_rounds_keeps_weights_and_loads(world: World) -> None:
+    """A new route must not give a full pod its whole share back, nor make the picker forget."""
+    await world.control.configure(objects(A, B, C))
+    await world.follow(10, a=QUEUED, b=IDLE, c=IDLE)
+    before = world.recorder.last
+    await world.control.configure(objects(A, B, C, extra=(route(rule(backend()), name="more"), service())))
+    after = world.recorder.last
+    assert weights_of(after) == weights_of(before)
+    assert weights_of(after)[0] < BASE
+    assert after.versions[types.POOL_LOAD] == before.versions[types.POOL_LOAD]
+    assert after.versions[types.ROUTE] != before.versions[types.ROUTE]
+
+
+async def test_a_pool_that_goes_is_forgotten(world: World) -> None:
+    """Its weights, its load and its series; when it comes back it starts anew."""
+    await world.control.configure(objects(A, B, C))
+    await world.follow(10, a=QUEUED, b=IDLE, c=IDLE)
+    assert world.value("vllm_xds_endpoint_waiting", pool=POOL, endpoint="default/a") == 60
+    await world.control.configure(config(gateway_class(), gateway()))
+    assert pool_loads(world.recorder.last) == {}
+    assert world.value("vllm_xds_endpoint_waiting", pool=POOL, endpoint="default/a") is None
+    await world.follow()
+    assert pool_loads(world.recorder.last) == {}
+    await world.control.configure(objects(A, B, C))
+    assert weights_of(world.recorder.last) == [BASE] * 3
+
+
+async def test_a_service_is_neither_weighed_nor_scraped(world: World) -> None:
+    """It is the plain baseline."""
+    plain = config(gateway_class(), gateway(), route(rule()), service(), A, B)
+    await world.control.configure(plain)
+    await world.follow(10, a=QUEUED, b=IDLE)
+    assert weights_of(world.recorder.last, "service/default/web/80") == [BASE, BASE]
+    assert world.scraper._targets == {}
+    assert pool_loads(world.recorder.last) == {}
+
+
+async def test_series_of_each_endpoint(world: World) -> None:
+    """Weight and age always, a load's gauges where a page was read; none outlives its endpoint."""
+    await world.control.configure(objects(A, B))
+    await world.follow(a=QUEUED)
+    world.now += 3.0
+    labels = {"pool": POOL, "endpoint": "default/a"}
+    assert world.value("vllm_xds_endpoint_weight", **labels) == BASE
+    assert world.value("vllm_xds_endpoint_load_age_seconds", **labels) == 3.0
+    assert world.value("vllm_xds_endpoint_running", **labels) == 20
+    assert world.value("vllm_xds_endpoint_kv_usage", **labels) == 0.5
+    unread = {"pool": POOL, "endpoint": "default/b"}
+    assert world.value("vllm_xds_endpoint_weight", **unread) == BASE
+    assert world.value("vllm_xds_endpoint_running", **unread) is None
+    await world.control.configure(objects(B))
+    await world.follow(b=IDLE)
+    assert world.value("vllm_xds_endpoint_weight", **labels) is None
+
+
+# --- run ---
+
+
+async def test_run_serves_each_configuration_of_the_source(world: World) -> None:
+    """The first at once, the next when they come; it ends with its task, and leaves nothing behind."""
+    queue: asyncio.Queue[Config] = asyncio.Queue()
+
+    async def source() -> AsyncIterator[Config]:
+        while True:
+            yield await queue.get()
+
+    def pods(count: int) -> Callable[[Control], bool]:
+        return lambda control: sum(len(cluster.endpoints) for cluster in control.topology.clusters) == count
+
+    task = asyncio.create_task(world.control.run(source()))
+    async with asyncio.timeout(20):
+        for given in ((A,), (A, B)):
+            queue.put_nowait(objects(*given))
+            await world.control.wait_until(pods(len(given)))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_run_raises_what_the_source_has_to_say_at_the_start(world: World, tmp_path: Path) -> None:
+    """Without anything to begin with there is nothing to serve."""
+
+    with pytest.raises(DirectoryError, match="nowhere"):
+        await world.control.run(DirectorySource(tmp_path / "nowhere").configs())
+    assert world.recorder.published == []

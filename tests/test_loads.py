@@ -1,0 +1,75 @@
+"""PoolLoad: what the picker learns of a pool."""
+
+from __future__ import annotations
+
+import pytest
+
+from xds.loads import pool_load
+from xds.model import Cluster, Endpoint, Load
+from xds.weights import Pool, Sample, weigh
+from xds.wire import load_pb2 as pb
+
+A = Endpoint("10.0.0.2", 8000, "default/a")
+B = Endpoint("10.0.0.1", 8000, "default/b")
+LEAVING = Endpoint("10.0.0.3", 8000, "default/c", draining=True)
+LOAD = Load(running=3, waiting=2, kv_usage=0.5, kv_tokens=4096, start_time=1_700_000_000.5)
+
+
+def read(*endpoints: Endpoint, loads: dict[str, Load], now: float = 10.0, at: float = 10.0) -> pb.PoolLoad:
+    """The message after one round at `at`, written at `now`."""
+    samples = [Sample(e.hash_key, loads.get(e.hash_key), at, e.draining) for e in endpoints]
+    pool, _ = weigh(Pool("pool/default/llm"), samples, at, 2.0)
+    return pb.PoolLoad.FromString(pool_load(Cluster("pool/default/llm", endpoints), pool, now, 7))
+
+
+def test_a_pool_is_named_and_its_reports_are_numbered() -> None:
+    """Each round is a new version, so that silence is staleness."""
+    message = read(A, loads={})
+    assert (message.name, message.round) == ("pool/default/llm", 7)
+
+
+def test_endpoints_are_sorted_by_hash_key_and_none_drains() -> None:
+    """Every endpoint Envoy may send to, in an order that does not depend on addresses."""
+    message = read(B, LEAVING, A, loads={"default/c": LOAD})
+    assert [(e.hash_key, e.address) for e in message.endpoints] == [
+        ("default/a", "10.0.0.2:8000"),
+        ("default/b", "10.0.0.1:8000"),
+    ]
+
+
+def test_a_reading_is_passed_on_with_its_age() -> None:
+    """Gauges as they were read; the age is from reading the page to writing this."""
+    (entry,) = read(A, loads={"default/a": LOAD}, at=10.0, now=11.5).endpoints
+    assert entry.age == pytest.approx(1.5)
+    assert (entry.running, entry.waiting, entry.kv_usage, entry.kv_tokens) == (3, 2, 0.5, 4096)
+    assert entry.start_time == 1_700_000_000.5
+    assert entry.prefill_rate == 0
+
+
+def test_an_endpoint_never_read_has_a_negative_age_and_no_load() -> None:
+    """So the picker can tell "nothing known" from "idle"; also where the pool has not been weighed yet."""
+    unread = [*read(A, loads={}).endpoints]
+    unread += pb.PoolLoad.FromString(pool_load(Cluster("p", (A,)), Pool("p"), 10.0, 1)).endpoints
+    for entry in unread:
+        assert entry == pb.EndpointLoad(hash_key="default/a", address="10.0.0.2:8000", age=-1)
+
+
+def test_a_clock_behind_the_reading_is_age_zero() -> None:
+    """A reading that began after the round was dated is fresh, and not "never read"."""
+    (entry,) = read(A, loads={"default/a": LOAD}, at=10.0, now=9.0).endpoints
+    assert entry.age == 0
+
+
+def test_the_prefill_rate_is_tokens_a_second() -> None:
+    """From the counters of two readings: 1,000 tokens in half a second of prefill."""
+    pool = Pool("p")
+    for now, load in ((0.0, Load()), (10.0, Load(prefill_tokens=1000, prefill_seconds=0.5))):
+        pool, _ = weigh(pool, [Sample("default/a", load, now)], now, 2.0)
+    (entry,) = pb.PoolLoad.FromString(pool_load(Cluster("p", (A,)), pool, 10.0, 1)).endpoints
+    assert entry.prefill_rate == pytest.approx(2000)
+
+
+def test_an_ipv6_address_is_told_from_its_port() -> None:
+    """Brackets, as in a URL."""
+    (entry,) = read(Endpoint("fd00::1", 8000, "default/a"), loads={}).endpoints
+    assert entry.address == "[fd00::1]:8000"

@@ -7,7 +7,9 @@ holds the two equal).
 from __future__ import annotations
 
 import ipaddress
-import json
+import math
+
+import yaml
 
 DEFAULT_SERVER = "127.0.0.1:18000"
 DEFAULT_ADMIN = "127.0.0.1:19000"
@@ -90,13 +92,13 @@ def render(
     server_host, server_port = split_address(server)
     admin_host, admin_port = split_address(admin)
     return _TEMPLATE.format(
-        node_id=json.dumps(node_id),
-        node_cluster=json.dumps(node_cluster),
-        admin_host=json.dumps(admin_host),
+        node_id=_quoted(node_id),
+        node_cluster=_quoted(node_cluster),
+        admin_host=_quoted(admin_host),
         admin_port=admin_port,
         api_type="DELTA_GRPC" if delta else "GRPC",
         discovery="STATIC" if _is_ip(server_host) else "STRICT_DNS",
-        server_host=json.dumps(server_host),
+        server_host=_quoted(server_host),
         server_port=server_port,
     )
 
@@ -107,6 +109,11 @@ def split_address(text: str) -> tuple[str, int]:
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"expected HOST:PORT with a port from 1 to 65535, found {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _quoted(text: str) -> str:
+    """As a YAML scalar on one line, whatever is in it."""
+    return yaml.safe_dump(text, default_style='"', width=math.inf).rstrip("\n")
 
 
 def _is_ip(host: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,7 +14,6 @@ from tests.objects import backend, config, gateway, gateway_class, parent, pod, 
 from tests.test_translate import weights_of
 from xds import snapshot as types
 from xds.control import Control
-from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
 from xds.metrics import Metrics
 from xds.model import Config, Level, Load, Object, ObjectRef, Pod, Rejection
@@ -224,7 +222,7 @@ async def test_each_round_is_a_pool_load_and_no_new_endpoints(world: World) -> N
     before = world.recorder.last
     await world.follow(2, a=IDLE, b=IDLE)
     first, second = world.recorder.published[-2:]
-    assert [pool_loads(each)[POOL].round for each in (first, second)] == [1, 2]
+    assert [pool_loads(each)[POOL].round for each in (first, second)] == [2, 3]
     assert first.versions[types.POOL_LOAD] != second.versions[types.POOL_LOAD]
     for type_url in (types.LISTENER, types.ROUTE, types.CLUSTER, types.ENDPOINT):
         assert second.resources[type_url] is before.resources[type_url]
@@ -322,9 +320,14 @@ async def test_run_serves_each_configuration_of_the_source(world: World) -> None
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_run_raises_what_the_source_has_to_say_at_the_start(world: World, tmp_path: Path) -> None:
-    """Without anything to begin with there is nothing to serve."""
-
-    with pytest.raises(DirectoryError, match="nowhere"):
-        await world.control.run(DirectorySource(tmp_path / "nowhere").configs())
-    assert world.recorder.published == []
+async def test_a_pod_that_joins_warm_ones_begins_at_its_ramp(world: World, logs: Logs) -> None:
+    """Its first endpoints carry the low weight, and the first pool load names it: neither waits for a round."""
+    await world.control.configure(objects(A, B))
+    await world.follow(40, a=IDLE, b=IDLE)
+    await world.control.configure(objects(A, B, C))
+    a, b, c = weights_of(world.recorder.last)
+    assert (a, b) == (BASE, BASE)
+    assert c < BASE
+    assert [e.hash_key for e in pool_loads(world.recorder.last)[POOL].endpoints][-1] == "default/c"
+    (line,) = [entry for entry in logs if entry["event"] == "weight changed"]
+    assert (line["endpoint"], line["old"], line["new"], line["reason"]) == ("default/c", 0, c, "ramp")

@@ -62,8 +62,7 @@ class Control:
         metrics.registry.register(EndpointCollector(self.states))
 
     async def run(self, configs: AsyncIterator[Config]) -> None:
-        """Serve until cancelled; raises what the source raises when it has nothing to begin with."""
-        await self.configure(await anext(configs))
+        """Serve until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.scraper.run(), name="scrape")
             group.create_task(self._follow_loads(), name="weights")
@@ -80,6 +79,12 @@ class Control:
         async with self._turn:
             began = time.perf_counter()
             topology = resolve(config, self.controller_names)
+            pools = {c.name: c for c in topology.clusters if c.strategy is not None}
+            self.pools = {name: pool for name, pool in self.pools.items() if name in pools}
+            self.loads = {name: load for name, load in self.loads.items() if name in pools}
+            # A pod that joins begins at its ramp's weight, and is known to the picker, not only a round later.
+            joined = [c for c in pools.values() if self._members(c.name) != {e.hash_key for e in c.endpoints}]
+            self._weigh(joined, self.scraper.readings())
             # In a thread: listeners, routes and clusters cost milliseconds each, and streams must not wait for that.
             snapshot = await asyncio.to_thread(translate, topology, self.options, self._weights())
             seconds = time.perf_counter() - began
@@ -87,10 +92,7 @@ class Control:
             self._report_rejections((*config.rejections, *topology.rejections))
             _log_endpoints(self.topology.clusters, topology.clusters)
             self.topology = topology
-            pools = {c.name for c in topology.clusters if c.strategy is not None}
-            self.pools = {name: pool for name, pool in self.pools.items() if name in pools}
-            self.loads = {name: load for name, load in self.loads.items() if name in pools}
-            self.scraper.set_targets(c for c in topology.clusters if c.strategy is not None)
+            self.scraper.set_targets(pools.values())
             self._publish(with_loads(snapshot, self.loads))
             self.metrics.translate_seconds.observe(seconds)
             _log_configuration(topology, self.rejections, seconds)
@@ -100,21 +102,27 @@ class Control:
         async with self._turn:
             if self.snapshot is None:
                 return
-            self.round += 1
-            now = self.clock()
-            changed = []
-            for cluster in self.topology.clusters:
-                if cluster.strategy is None:
-                    continue
-                samples = [_sample(endpoint, readings) for endpoint in cluster.endpoints]
-                pool, changes = weigh(self.pools.get(cluster.name, Pool(cluster.name)), samples, now, self.interval)
-                self.pools[cluster.name] = pool
-                self.loads[cluster.name] = pool_load(cluster, pool, now, self.round)
-                if changes:
-                    changed.append(cluster)
-                    _log_weights(changes)
+            changed = self._weigh([c for c in self.topology.clusters if c.strategy is not None], readings)
             snapshot = with_loads(self.snapshot, self.loads)
             self._publish(reweigh(snapshot, changed, self._weights()) if changed else snapshot)
+
+    def _weigh(self, clusters: Iterable[Cluster], readings: Mapping[str, Reading]) -> list[Cluster]:
+        """One round for these pools; returns those with a weight that changed."""
+        self.round += 1
+        now = self.clock()
+        changed = []
+        for cluster in clusters:
+            samples = [_sample(endpoint, readings) for endpoint in cluster.endpoints]
+            pool, changes = weigh(self.pools.get(cluster.name, Pool(cluster.name)), samples, now, self.interval)
+            self.pools[cluster.name] = pool
+            self.loads[cluster.name] = pool_load(cluster, pool, now, self.round)
+            if changes:
+                changed.append(cluster)
+                _log_weights(changes)
+        return changed
+
+    def _members(self, cluster: str) -> set[str] | None:
+        return set(self.pools[cluster].members) if cluster in self.pools else None
 
     async def wait_until(self, true: Callable[[Control], bool]) -> None:
         """Wait until `true` holds for what is served; it is asked now and after each publication."""

@@ -77,9 +77,9 @@ class Meta:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def age_key(self) -> tuple[bool, str, str, str]:
+    def age_key(self) -> tuple[bool, str, str]:
         """Sort key of Gateway API's conflict rule: oldest first, then `namespace/name`; no timestamp is newest."""
-        return (not self.created, self.created, self.ref.namespace, self.ref.name)
+        return (not self.created, self.created, f"{self.ref.namespace}/{self.ref.name}")
 
 
 # --- Gateway API --------------------------------------------------------------------------------------------------

@@ -129,15 +129,21 @@ async def _serve(args: argparse.Namespace) -> None:
         options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
     )
+    configs = DirectorySource(args.config).configs()
+
+    async def work() -> None:
+        await control.configure(await anext(configs))  # until then no request is answered
+        events.info("server started", config=str(args.config), listen=listen, status=args.status)
+        await control.run(configs)
+
     host, port = bootstrap.split_address(args.status)
     async with serve_status(host, port, metrics.registry, ready=lambda: control.snapshot is not None):
         await server.start(listen)
-        events.info("server started", config=str(args.config), listen=listen, status=args.status)
         try:
-            await until_signal(control.run(DirectorySource(args.config).configs()))
+            await until_signal(work())
+            events.info("server stopped")
         finally:
             await server.stop(STOP_GRACE)
-            events.info("server stopped")
 
 
 async def until_signal(work: Coroutine[Any, Any, None]) -> None:

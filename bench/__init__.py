@@ -14,7 +14,8 @@ The engine knows nothing of the server: a discrete-event simulation drives the s
 
 The demo (`vllm-xds demo`):
 
-    envoy                       the real Envoy as a child process
+    child                       processes that never outlive this one
+    envoy                       the real Envoy as one of them
     stack                       server, picker, Envoy and pods, as child processes on free addresses
     load                        an open loop of streamed chats with shared prefixes, and its measures
     table                       what is shown while it runs

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
-import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,25 +12,9 @@ from typing import Any
 
 import aiohttp
 
+from bench.child import end, with_parent
+
 STARTED = b"starting workers"  # Envoy logs it once, when its first listeners and clusters are there
-STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-
-
-def with_parent(*command: str) -> tuple[str, ...]:
-    """`command`, so started that its process ends when this one does, however this one ends (PR_SET_PDEATHSIG).
-
-    A preexec_fn would do the same in a forked copy of this process, where gRPC's fork handlers may hang.
-    """
-    return (sys.executable, "-c", _SHIM, str(os.getpid()), *command)
-
-
-# The parent may have ended before prctl(PR_SET_PDEATHSIG, SIGKILL) was called: then another process is it now.
-_SHIM = """\
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class EnvoyNotFoundError(Exception):
@@ -111,16 +93,9 @@ class Envoy:
 
     async def stop(self) -> None:
         """End the process, gently first."""
-        process = self._process
-        if process is None:
+        if self._process is None:
             return
-        if process.returncode is None:
-            process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_GRACE)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
+        await end(self._process)
         if self._pump is not None:
             await self._pump
 

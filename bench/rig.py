@@ -22,8 +22,9 @@ from typing import Self
 import aiohttp
 
 import bootstrap
+from bench.child import end, with_parent
 from bench.closed_loop import Client, requests
-from bench.envoy import STOP_GRACE, Envoy, free_port, with_parent
+from bench.envoy import Envoy, free_port
 from bench.vllm_server import MODEL
 
 PLAIN, PICKED, BY_MODEL = "plain", "LLM", "LLM, matched by model"
@@ -124,18 +125,8 @@ async def _start(
     command = with_parent(sys.executable, "-m", *arguments)
     with log.open("ab") as out:
         process = await asyncio.create_subprocess_exec(*command, stdout=stdout or out, stderr=out)
-    stack.push_async_callback(_stop, process)
+    stack.push_async_callback(end, process)
     return process
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), STOP_GRACE)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 class Rig:

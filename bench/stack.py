@@ -23,7 +23,8 @@ import aiohttp
 import yaml
 
 import bootstrap
-from bench.envoy import STOP_GRACE, Envoy, EnvoyFailedError, free_port, with_parent
+from bench.child import end, with_parent
+from bench.envoy import Envoy, EnvoyFailedError, free_port
 
 MANIFESTS = Path(__file__).parents[1] / "manifests" / "demo"
 PLAIN, LLM = 8080, 8081  # the Gateway's ports: to the Service, and to the InferencePool
@@ -143,15 +144,8 @@ class Child:
             )
 
     async def stop(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), STOP_GRACE)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+        if self._process is not None:
+            await end(self._process)
 
 
 class Stack:

@@ -156,7 +156,7 @@ def test_no_terminal_gets_a_line_now_and_then() -> None:
 
 async def test_a_child_that_will_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM first, then SIGKILL."""
-    monkeypatch.setattr("bench.stack.STOP_GRACE", 0.1)
+    monkeypatch.setattr("bench.child.STOP_GRACE", 0.1)
     monkeypatch.chdir(tmp_path)
     deaf = asyncio.Event()
 

@@ -331,3 +331,16 @@ async def test_a_pod_that_joins_warm_ones_begins_at_its_ramp(world: World, logs:
     assert [e.hash_key for e in pool_loads(world.recorder.last)[POOL].endpoints][-1] == "default/c"
     (line,) = [entry for entry in logs if entry["event"] == "weight changed"]
     assert (line["endpoint"], line["old"], line["new"], line["reason"]) == ("default/c", 0, c, "ramp")
+
+
+async def test_an_empty_start_is_waited_out(world: World, logs: Logs) -> None:
+    """A missing mount must not wipe running Envoys; once something was served, an empty configuration is meant."""
+    await world.control.configure(config())
+    assert world.recorder.published == []
+    assert world.control.snapshot is None
+    assert events(logs) == ["configuration empty"]
+    await world.follow()
+    assert world.recorder.published == []
+    await world.control.configure(objects(A))
+    await world.control.configure(config())
+    assert [bool(each.resources[types.LISTENER]) for each in world.recorder.published] == [True, False]

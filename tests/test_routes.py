@@ -462,10 +462,10 @@ async def test_a_backend_without_endpoints_is_a_503(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("host", ["llm.test", "headers.test", "model.test"])
 async def test_own_headers_of_a_client_are_stripped(proxy: Proxy, host: str) -> None:
-    """No client addresses a pod: neither a pool's nor a Service's upstream sees an x-vllm-* header."""
-    sent = {"x-vllm-pick": "default/llm_0", "X-VLLM-Other": "x"}
+    """No client addresses a pod or claims a model: no upstream sees such a header that a client made up."""
+    sent = {"x-vllm-pick": "default/llm_0", "X-VLLM-Other": "x", "X-Gateway-Model-Name": "other"}
     _, echoed, _ = await proxy.ask(host, "/plain", method="POST", headers=sent, json={"model": "x"})
-    assert [name for name, _ in echoed["headers"] if name.startswith("x-vllm")] == []
+    assert [name for name, _ in echoed["headers"] if name.startswith(("x-vllm", "x-gateway"))] == []
 
 
 async def test_a_dead_picker_costs_no_request(proxy: Proxy) -> None:

@@ -75,7 +75,7 @@ class Control:
             await self.follow(self.scraper.readings())
 
     async def configure(self, config: Config) -> None:
-        """Serve this Config from now on."""
+        """Serve this Config from now on; a first one without any listener is not served, but waited out."""
         async with self._turn:
             began = time.perf_counter()
             topology = resolve(config, self.controller_names)
@@ -93,8 +93,12 @@ class Control:
             _log_endpoints(self.topology.clusters, topology.clusters)
             self.topology = topology
             self.scraper.set_targets(pools.values())
-            self._publish(with_loads(snapshot, self.loads))
             self.metrics.translate_seconds.observe(seconds)
+            if self.snapshot is None and not topology.listeners:
+                # An empty directory at the start is a missing mount or a mistake, and would wipe running Envoys.
+                log.warning("configuration empty", objects=len(config.objects), rejections=len(self.rejections))
+                return
+            self._publish(with_loads(snapshot, self.loads))
             _log_configuration(topology, self.rejections, seconds)
 
     async def follow(self, readings: Mapping[str, Reading]) -> None:

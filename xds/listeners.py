@@ -3,7 +3,7 @@
 Every HTTP listener has the same filters whatever its routes are, switched off until a route switches them on: a change
 of a listener drains it and cuts running streams, a change of a route does not. In order of work:
 
-    early_header_mutation  drop x-vllm-* headers a client sent, before anything can read them
+    early_header_mutation  drop a client's own x-vllm-* and X-Gateway-Model-Name, before anything can read them
     json_to_metadata       `model` of the body -> metadata, and route again (only where routes match on the model)
     ext_proc               the body, complete, to the picker; its answer is dynamic metadata `picker:key`
     buffer                 hold the headers until the body is complete and the picker has answered
@@ -100,7 +100,8 @@ def listener(port: int, options: Options) -> Listener:
                             remove_on_match=HeaderMutationRemoveOnMatch(
                                 key_matcher=StringMatcher(prefix=OWN_HEADERS, ignore_case=True)
                             )
-                        )
+                        ),
+                        HeaderMutation(remove=MODEL_HEADER),  # it says what is in the body, or is not there
                     ]
                 ),
             )

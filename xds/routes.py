@@ -72,6 +72,7 @@ LLM_IDLE_TIMEOUT = (
 )
 RETRY_ON = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"  # never after a first byte
 RETRIES = 2  # further attempts, each at another pod
+NO_HEADER = r"(?s).*[\x00-\x08\x0a-\x1f\x7f].*"  # what Envoy refuses in a header's value (RFC 9110, section 5.5)
 
 _ADD = HeaderValueOptionHeaderAppendAction.APPEND_IF_EXISTS_OR_ADD
 _SET = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
@@ -105,6 +106,7 @@ def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
         host.request_body_buffer_limit = BODY_LIMIT
     if by_model:
         host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
+        host.routes.insert(0, _unsendable_model())
         # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
         host.routes.append(
             Route(
@@ -114,6 +116,17 @@ def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
             )
         )
     return host
+
+
+def _unsendable_model() -> Route:
+    """Refuses a model that can be no header: sent on, it would be Envoy's 503, as if a pod had failed."""
+    unsendable = _model(StringMatcher(safe_regex=RegexMatcher(regex=NO_HEADER)))
+    text = DataSource(inline_string="the model's name has control characters\n")
+    return Route(
+        name="unsendable-model",
+        match=RouteMatch(prefix="/", dynamic_metadata=[unsendable]),
+        direct_response=DirectResponseAction(status=400, body=text),
+    )
 
 
 def _switched_on(*filters: str) -> dict[str, Any]:
@@ -161,13 +174,16 @@ def _match(source: model.RouteMatch) -> RouteMatch:
         match.headers.append(HeaderMatcher(name=":method", string_match=StringMatcher(exact=source.method)))
     for header in source.headers:
         if header.name == MODEL_HEADER:
-            segments = [MetadataMatcherPathSegment(key=MODEL_KEY)]
-            value = ValueMatcher(string_match=_value(header))
-            match.dynamic_metadata.append(MetadataMatcher(filter=MODEL_NAMESPACE, path=segments, value=value))
+            match.dynamic_metadata.append(_model(_value(header)))
         else:
             match.headers.append(HeaderMatcher(name=header.name, string_match=_value(header)))
     match.query_parameters = [QueryParameterMatcher(name=q.name, string_match=_value(q)) for q in source.query]
     return match
+
+
+def _model(value: StringMatcher) -> MetadataMatcher:
+    segments = [MetadataMatcherPathSegment(key=MODEL_KEY)]
+    return MetadataMatcher(filter=MODEL_NAMESPACE, path=segments, value=ValueMatcher(string_match=value))
 
 
 def _value(source: ValueMatch) -> StringMatcher:

@@ -105,12 +105,12 @@ class Gateway:
 
     # --- parts ---
 
-    async def start_pods(self, count: int, config: EngineConfig | None = None) -> None:
+    async def start_pods(
+        self, count: int, config: EngineConfig | None = None, kind: type[SimulatedPod] = SimulatedPod
+    ) -> None:
         net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
         for i in range(count):
-            pod = SimulatedPod(
-                f"pod-{i}", address=f"127.{net}.{os.getpid() % 250}.{i + 1}", port=self.pod_port, config=config
-            )
+            pod = kind(f"pod-{i}", address=f"127.{net}.{os.getpid() % 250}.{i + 1}", port=self.pod_port, config=config)
             self.pods.append(await self._stack.enter_async_context(pod))
 
     def write_objects(self, strategy: str = "PREFIX_CACHE") -> None:

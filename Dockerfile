@@ -1,8 +1,10 @@
 # The management server (`serve`) and the picker (`picker`). Envoy runs from its own image.
 #
 #   docker build -t vllm-xds .
-#   docker run -v "$PWD/config:/config:ro" vllm-xds serve --config /config --listen 0.0.0.0:18000
-#   docker run vllm-xds picker --server SERVER:18000 --listen 0.0.0.0:18001
+#   docker run -v "$PWD/config:/config:ro" -v "$PWD/tls:/tls:ro" vllm-xds serve --config /config --listen 0.0.0.0:18000 \
+#     --tls-cert /tls/tls.crt --tls-key /tls/tls.key --tls-ca /tls/ca.crt
+#   docker run -v "$PWD/tls:/tls:ro" vllm-xds picker --server SERVER:18000 --listen 0.0.0.0:18001 \
+#     --tls-cert /tls/tls.crt --tls-key /tls/tls.key --tls-ca /tls/ca.crt
 
 FROM python:3.13-slim-bookworm AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore

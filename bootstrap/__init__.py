@@ -15,6 +15,7 @@ DEFAULT_SERVER = "127.0.0.1:18000"
 DEFAULT_ADMIN = "127.0.0.1:19000"
 DEFAULT_NODE_ID = "envoy"
 DEFAULT_NODE_CLUSTER = "vllm-xds"
+CERTIFICATE, CA = "certificate", "ca"  # names of the two secrets
 
 _TEMPLATE = """\
 # Envoy's bootstrap: everything but the way to the management server comes from there.
@@ -60,7 +61,7 @@ static_resources:
         - endpoint:
             address:
               socket_address: {{address: {server_host}, port_value: {server_port}}}
-
+{tls}
 layered_runtime:
   layers:
   - name: static
@@ -76,6 +77,41 @@ overload_manager:
       max_active_downstream_connections: 50000
 """  # noqa: E501 - a type's name can not be broken
 
+_TLS = """\
+    transport_socket:
+      name: envoy.transport_sockets.tls
+      typed_config:
+        "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context:
+          alpn_protocols: [h2]
+          tls_certificate_sds_secret_configs:
+          - name: certificate
+            sds_config: {certificate}
+          combined_validation_context:
+            default_validation_context:
+              match_typed_subject_alt_names: [{{san_type: {san_type}, matcher: {{exact: {host}}}}}]
+            validation_context_sds_secret_config:
+              name: ca
+              sds_config: {ca}
+"""
+
+# Envoy's file-based SDS: it reads what a secret names again when something is moved into the directory of that file.
+_CERTIFICATE = """\
+resources:
+- "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+  name: certificate
+  tls_certificate:
+    certificate_chain: {{filename: {cert}}}
+    private_key: {{filename: {key}}}
+"""
+_CA = """\
+resources:
+- "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+  name: ca
+  validation_context:
+    trusted_ca: {{filename: {ca}}}
+"""
+
 
 def render(
     server: str = DEFAULT_SERVER,
@@ -84,9 +120,12 @@ def render(
     admin: str = DEFAULT_ADMIN,
     *,
     delta: bool = True,
+    tls_sds: str | None = None,
 ) -> str:
     """The bootstrap as YAML. `server` and `admin` are `HOST:PORT` (`[IPv6]:PORT`); a host name is looked up by Envoy.
 
+    With `tls_sds`, a directory on Envoy's machine that holds the files of `secrets`, it is mutual TLS: the server's
+    certificate is of the CA there and names the server's host.
     Raises ValueError with a sentence for an address that is not one.
     """
     server_host, server_port = split_address(server)
@@ -100,7 +139,34 @@ def render(
         discovery="STATIC" if _is_ip(server_host) else "STRICT_DNS",
         server_host=_quoted(server_host),
         server_port=server_port,
+        tls=_transport_socket(server_host, tls_sds) if tls_sds else "",
     )
+
+
+def secrets(cert: str, key: str, ca: str) -> dict[str, str]:
+    """File name -> text: the secrets of an Envoy whose PEM files these are, in the form its file-based SDS reads.
+
+    Files that the bootstrap named itself would be read once. They have to be replaced by a move, as Kubernetes does.
+    https://www.envoyproxy.io/docs/envoy/v1.40.0/configuration/security/secret
+    """
+    return {
+        secret_file(CERTIFICATE): _CERTIFICATE.format(cert=_quoted(cert), key=_quoted(key)),
+        secret_file(CA): _CA.format(ca=_quoted(ca)),
+    }
+
+
+def secret_file(name: str) -> str:
+    """The file that holds the secret `name`."""
+    return f"{name}.yaml"
+
+
+def _transport_socket(host: str, directory: str) -> str:
+    def source(name: str) -> str:
+        path = _quoted(f"{directory}/{secret_file(name)}")
+        return f"{{path_config_source: {{path: {path}}}, resource_api_version: V3}}"
+
+    san_type = "IP_ADDRESS" if _is_ip(host) else "DNS"
+    return _TLS.format(certificate=source(CERTIFICATE), ca=source(CA), san_type=san_type, host=_quoted(host))
 
 
 def split_address(text: str) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from picker.cost import STALE, PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
+from xds.tls import TlsError, TlsFiles, channel_credentials
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
 
@@ -127,7 +128,7 @@ def decode(resource: Resource) -> PoolLoad:
 class LoadsClient:
     """Keeps `picker` informed from the server at `address` (HOST:PORT), for ever.
 
-    `clock` gives seconds, the same as the picker's; `random` floats in [0, 1).
+    `clock` gives seconds, the same as the picker's; `random` floats in [0, 1). `tls` is read at each connection.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class LoadsClient:
         node_id: str,
         clock: Callable[[], float],
         random: Callable[[], float],
+        tls: TlsFiles | None = None,
     ) -> None:
         self._address = address
         self._picker = picker
@@ -146,6 +148,7 @@ class LoadsClient:
         self._subscription = Subscription(node_id)
         self._clock = clock
         self._random = random
+        self._tls = tls
         self._connected = False
         self._failures = 0  # attempts since a response came
         self._refusal = ""  # the last one logged: a server repeats a mistake each round
@@ -166,7 +169,11 @@ class LoadsClient:
 
     async def _follow(self) -> str:
         """One stream, from its first request to its end; why it ended."""
-        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+        try:
+            opened = self._open()
+        except TlsError as error:
+            return str(error)
+        async with opened as channel:
             stream = channel.stream_stream(METHOD)()  # raw bytes: what cannot be decoded is ours to judge
             try:
                 await stream.write(self._subscription.open().SerializeToString())
@@ -182,6 +189,11 @@ class LoadsClient:
             except (asyncio.InvalidStateError, DecodeError) as error:  # the stream ended while an ACK was written
                 return str(error)
             return f"{(await stream.code()).name}: the server ended the stream"
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self._address, channel_credentials(self._tls), options=CHANNEL_OPTIONS)
 
     def _apply(self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest:
         outcome = self._subscription.receive(response)

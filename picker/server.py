@@ -16,13 +16,12 @@ from pathlib import Path
 
 import grpc
 import structlog
-from aiohttp import web
-from prometheus_client import Counter, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import Counter
 
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from picker.wire.ext_proc_pb2 import BodyResponse, ProcessingRequest, ProcessingResponse
+from xds.tls import TlsFiles, server_credentials
 
 PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -57,23 +56,35 @@ def encode_answer(key: str | None) -> bytes:
 
 
 class PickerServer:
-    """Answers Envoy from `picker`. `clock` gives seconds."""
+    """Answers Envoy from `picker`. `clock` gives seconds; with `tls` it answers only Envoys that have a certificate."""
 
-    def __init__(self, picker: Picker, metrics: PickerMetrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, picker: Picker, metrics: PickerMetrics, clock: Callable[[], float], tls: TlsFiles | None = None
+    ) -> None:
         self._picker = picker
         self._metrics = metrics
         self._clock = clock
-        self._health = SERVING
+        self._tls = tls
+        self._health = NOT_SERVING
         self._said: dict[str, float] = {}  # kind of failure -> when it was logged
         self._picks: dict[tuple[str, str], Counter] = {}
         self._server = grpc.aio.server(options=OPTIONS)
         self._server.add_generic_rpc_handlers((_Handlers(self._process, self._check),))
 
     async def start(self, addresses: Sequence[str]) -> list[str]:
-        """Listen on `host:port` and `unix:/path` addresses; the same with the ports chosen for port 0."""
+        """Listen on `host:port` and `unix:/path` addresses; the same with the ports chosen for port 0.
+
+        Raises AddressError or TlsError. A unix socket is never TLS: its directory says who may reach it.
+        """
         bound = [self._bind(address) for address in addresses]
         await self._server.start()
+        self._health = SERVING
         return bound
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are welcome: it has started, and does not drain."""
+        return self._health == SERVING
 
     def drain(self) -> None:
         """Tell health checks to look elsewhere; requests are still answered."""
@@ -86,7 +97,10 @@ class PickerServer:
     def _bind(self, address: str) -> str:
         try:
             _probe(address)
-            port = self._server.add_insecure_port(address)
+            if self._tls is None or address.startswith(UNIX):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, server_credentials(self._tls))
         except (OSError, RuntimeError) as error:
             raise AddressError(f"cannot listen on {address}: {_why(error)}") from None
         if not address.startswith(UNIX):
@@ -179,22 +193,3 @@ def _clear_socket(path: Path) -> None:
 def _why(error: Exception) -> str:
     """The system's own words; asyncio and socket repeat the address in theirs."""
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else str(error)
-
-
-async def serve_metrics(metrics: PickerMetrics, address: str) -> tuple[web.AppRunner, str]:
-    """`GET /metrics` on HOST:PORT; the runner to clean up, and the address with its port chosen for port 0."""
-
-    async def page(_request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    app = web.Application()
-    app.router.add_get("/metrics", page)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    host, _, port = address.rpartition(":")
-    try:
-        await web.TCPSite(runner, host.strip("[]"), int(port)).start()
-    except OSError as error:
-        await runner.cleanup()
-        raise AddressError(f"cannot serve metrics on {address}: {_why(error)}") from None
-    return runner, f"{host}:{runner.addresses[0][1]}"

@@ -23,7 +23,7 @@ from tests.test_check import WHOLE
 from xds.__main__ import COMMANDS, main
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
-OURS = ("serve", "check", "bootstrap")
+OURS = ("serve", "check", "status", "bootstrap")
 
 
 # --- help and mistakes ---
@@ -182,6 +182,10 @@ async def test_serve_from_start_to_end(tmp_path: Path) -> None:
         assert (await server.event("configuration applied"))["ports"] == [8081]  # the last good one
         assert await get("/readyz") == (200, "ready\n")
         assert 'vllm_xds_rejections{level="error",reason="Invalid"} 1.0' in (await get("/metrics"))[1]
+        page = json.loads((await get("/debug/snapshot"))[1])
+        assert (page["ready"], page["ports"][0]["port"]) == (True, 8081)
+        assert [each["object"] for each in page["rejections"]] == ["Gateway default/gw"]
+        assert await get("/debug/clients") == (200, '{"clients": []}')
 
         write(WHOLE)
         await server.event("rejection cleared")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -38,9 +40,21 @@ async def test_health_readiness_and_metrics() -> None:
 async def test_a_busy_port_is_an_error() -> None:
     """Nothing is served beside another process, and nothing stays open."""
     async with serve_status("127.0.0.1", 0, CollectorRegistry(), lambda: True) as port:
-        with pytest.raises(OSError, match="address already in use"):
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             async with serve_status("127.0.0.1", port, CollectorRegistry(), lambda: True):
                 pass
+
+
+async def test_pages_of_json() -> None:
+    """A page is given the query, and what it does not have is a 404, as is a page that nobody gave."""
+
+    async def page(query: Mapping[str, str]) -> object:
+        return {"name": query["name"]} if query.get("name") else None
+
+    async with serve_status("127.0.0.1", 0, CollectorRegistry(), lambda: True, {"/debug/x": page}) as port:
+        assert await get(port, "/debug/x?name=a%2Fb") == (200, '{"name": "a/b"}')
+        assert await get(port, "/debug/x") == (404, "no such thing\n")
+        assert (await get(port, "/debug/y?name=a"))[0] == 404
 
 
 def test_every_series_has_our_prefix() -> None:

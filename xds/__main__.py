@@ -17,6 +17,7 @@ COMMANDS = {  # name -> (module with add_arguments(parser) and run(args) -> exit
     "picker": ("picker.__main__", "run the ext_proc picker: a request body in, the cheapest pod's hash key out"),
     "bootstrap": ("bootstrap.__main__", "print the bootstrap of an Envoy that asks this management server"),
     "check": ("xds.check", "say what `serve` would reject and serve of a directory, without serving it"),
+    "status": ("xds.show", "show what a running server serves, from which loads, to whom, and what is wrong"),
     "demo": ("bench.demo", "run everything on this machine, with simulated pods, and compare both ports"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 
 import betterproto2
 from envoy_data_plane.envoy.config.cluster.v3 import (
@@ -20,15 +21,19 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
+    ApiVersion,
+    ConfigSource,
     HealthCheck,
     HealthCheckGrpcHealthCheck,
     HealthCheckHttpHealthCheck,
     Http1ProtocolOptions,
     Http2ProtocolOptions,
     HttpProtocolOptions,
+    PathConfigSource,
     Pipe,
     SocketAddress,
     TcpKeepalive,
+    TransportSocket,
 )
 from envoy_data_plane.envoy.config.endpoint.v3 import (
     ClusterLoadAssignment,
@@ -43,10 +48,21 @@ from envoy_data_plane.envoy.extensions.load_balancing_policies.least_request.v3 
 )
 from envoy_data_plane.envoy.extensions.load_balancing_policies.ring_hash.v3 import RingHash
 from envoy_data_plane.envoy.extensions.load_balancing_policies.round_robin.v3 import RoundRobin
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
+    CertificateValidationContext,
+    CommonTlsContext,
+    CommonTlsContextCombinedCertificateValidationContext,
+    SdsSecretConfig,
+    SubjectAltNameMatcher,
+    UpstreamTlsContext,
+)
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import SubjectAltNameMatcherSanType as SanType
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions as UpstreamHttpProtocolOptions
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
+from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
+import bootstrap
 from xds import model
 from xds.envoy import (
     PICKER_CLUSTER,
@@ -153,6 +169,7 @@ def picker_cluster(options: Options) -> Cluster:
             max_ejection_percent=100,
         ),
         typed_extension_protocol_options=_http(http2=True),
+        transport_socket=_tls(options.picker_tls_sds, options.pickers) if options.picker_tls_sds else None,
         load_assignment=ClusterLoadAssignment(
             cluster_name=PICKER_CLUSTER,
             endpoints=[
@@ -164,18 +181,50 @@ def picker_cluster(options: Options) -> Cluster:
     )
 
 
+def _tls(directory: str, addresses: Sequence[str]) -> TransportSocket:
+    """Mutual TLS by the secrets in `directory`, with a server that is one of the `host:port` addresses."""
+
+    def secret(name: str) -> SdsSecretConfig:
+        path = PathConfigSource(path=f"{directory}/{bootstrap.secret_file(name)}")
+        return SdsSecretConfig(
+            name=name, sds_config=ConfigSource(path_config_source=path, resource_api_version=ApiVersion.V3)
+        )
+
+    names = [
+        SubjectAltNameMatcher(
+            san_type=SanType.IP_ADDRESS if _is_static(address) else SanType.DNS,
+            matcher=StringMatcher(exact=_host(address)),
+        )
+        for address in addresses
+    ]
+    common = CommonTlsContext(
+        alpn_protocols=["h2"],
+        tls_certificate_sds_secret_configs=[secret(bootstrap.CERTIFICATE)],
+        combined_validation_context=CommonTlsContextCombinedCertificateValidationContext(
+            default_validation_context=CertificateValidationContext(match_typed_subject_alt_names=names),
+            validation_context_sds_secret_config=secret(bootstrap.CA),
+        ),
+    )
+    return TransportSocket(
+        name="envoy.transport_sockets.tls", typed_config=Any.pack(UpstreamTlsContext(common_tls_context=common))
+    )
+
+
+def _host(text: str) -> str:
+    return text.rpartition(":")[0].strip("[]")
+
+
 def _address(text: str) -> Address:
     if text.startswith("unix:"):
         return Address(pipe=Pipe(path=text.removeprefix("unix:")))
-    host, _, port = text.rpartition(":")
-    return Address(socket_address=SocketAddress(address=host.strip("[]"), port_value=int(port)))
+    return Address(socket_address=SocketAddress(address=_host(text), port_value=int(text.rpartition(":")[2])))
 
 
 def _is_static(text: str) -> bool:
     if text.startswith("unix:"):
         return True
     try:
-        ipaddress.ip_address(text.rpartition(":")[0].strip("[]"))
+        ipaddress.ip_address(_host(text))
     except ValueError:
         return False
     return True

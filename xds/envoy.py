@@ -29,11 +29,13 @@ class Options:
 
     `bind` is the address listeners bind. `pickers` are ext_proc addresses as Envoy reaches them: `host:port` or
     `unix:/path`. `picker_timeout` in seconds: what a hung picker may cost a request before it goes on unpicked.
+    `picker_tls_sds` is the directory on the Envoys' machines with `bootstrap.secrets`' files; None: plaintext.
     """
 
     bind: str = "0.0.0.0"  # noqa: S104 - a gateway listens for everybody
     pickers: tuple[str, ...] = ("127.0.0.1:18001",)
     picker_timeout: float = 0.2
+    picker_tls_sds: str | None = None
 
 
 def listener_name(port: int) -> str:

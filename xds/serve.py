@@ -15,7 +15,7 @@ import structlog
 import uvloop
 
 import bootstrap
-from xds import log
+from xds import debug, log, tls
 from xds.control import Control
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
@@ -23,7 +23,7 @@ from xds.metrics import Metrics
 from xds.resolve import CONTROLLER_NAMES
 from xds.scrape import INTERVAL, Scraper
 from xds.server import ManagementServer
-from xds.status import serve_status
+from xds.status import DEFAULT_ADDRESS, serve_status
 
 EPILOG = """\
 The directory holds Gateway API and inference extension objects as YAML, as you would `kubectl apply` them:
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--status",
         metavar="HOST:PORT",
-        default="127.0.0.1:19001",
-        help="where /metrics, /healthz and /readyz are served",
+        default=DEFAULT_ADDRESS,
+        help="where /metrics, /healthz, /readyz and /debug/ are served",
     )
     parser.add_argument(
         "--bind", metavar="ADDRESS", default=Options().bind, help="address Envoy's listeners bind, for every Gateway"
@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         action="append",
         help="a picker as Envoy reaches it, HOST:PORT or unix:/path, repeatable (default: 127.0.0.1:18001)",
+    )
+    parser.add_argument(
+        "--picker-tls-sds",
+        metavar="DIR",
+        help="mutual TLS between Envoy and picker: where `vllm-xds bootstrap --tls-sds` wrote its files on each Envoy",
     )
     parser.add_argument(
         "--picker-timeout",
@@ -78,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help=f"serve GatewayClasses of this controller, repeatable (default: {' and '.join(CONTROLLER_NAMES)})",
     )
+    tls.add_arguments(parser)
     add_log_arguments(parser)
 
 
@@ -97,48 +103,57 @@ def positive(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.listen = args.listen or [bootstrap.DEFAULT_SERVER]
     try:
-        ipaddress.ip_address(args.bind)
-        for address in (args.status, *(args.listen or ())):
-            bootstrap.split_address(address)
-        for address in args.picker or ():
-            if not address.startswith("unix:/"):
-                bootstrap.split_address(address)
+        files = _check(args)
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
     try:
-        uvloop.run(_serve(args))
-    except (DirectoryError, OSError, RuntimeError) as error:
+        uvloop.run(_serve(args, files))
+    except (DirectoryError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
+    """The TLS files to serve with. ValueError with a sentence: wrong usage."""
+    ipaddress.ip_address(args.bind)
+    for address in (args.status, *args.listen):
+        bootstrap.split_address(address)
+    for address in args.picker or ():
+        if not address.startswith("unix:/"):
+            bootstrap.split_address(address)
+        elif args.picker_tls_sds:
+            raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
+    return tls.chosen(args, args.listen)
+
+
+async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
-    listen = args.listen or [bootstrap.DEFAULT_SERVER]
     control = Control(
         server,
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout),
+        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
     )
     configs = DirectorySource(args.config).configs()
 
     async def work() -> None:
         await control.configure(await anext(configs))  # until then no request is answered
-        events.info("server started", config=str(args.config), listen=listen, status=args.status)
+        events.info("server started", config=str(args.config), listen=args.listen, status=args.status)
         await control.run(configs)
 
     host, port = bootstrap.split_address(args.status)
-    async with serve_status(host, port, metrics.registry, ready=lambda: control.snapshot is not None):
-        await server.start(listen)
+    pages = debug.pages(control)
+    async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
+        await server.start(args.listen, files)
         try:
             await until_signal(work())
             events.info("server stopped")

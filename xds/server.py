@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from xds.metrics import Metrics
 from xds.snapshot import POOL_LOAD, Snapshot, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
+from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
 ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
@@ -60,12 +61,16 @@ class TypeView:
 
 @dataclass(frozen=True, slots=True)
 class ClientView:
-    """One stream as it is now; `node_id` is "" until its first request."""
+    """One stream as it is now; `node_id` is "" until its first request.
+
+    `settled`: it has accepted all it wants of the newest snapshot, but for what it refuses.
+    """
 
     node_id: str
     node_cluster: str
     variant: str
     peer: str
+    settled: bool
     types: tuple[TypeView, ...]
 
 
@@ -84,7 +89,10 @@ class _Client:
         self.wake = asyncio.Event()
         self.log = log.bind(variant=variant, peer=peer)
 
-    def view(self) -> ClientView:
+    def settled(self, snapshot: Snapshot | None) -> bool:
+        return snapshot is not None and self.greeted and self.stream.settled(snapshot)
+
+    def view(self, snapshot: Snapshot | None) -> ClientView:
         types = tuple(
             TypeView(
                 label(type_url),
@@ -98,7 +106,7 @@ class _Client:
             for type_url, sub in self.stream.subscriptions.items()
             if sub.opened
         )
-        return ClientView(self.node_id, self.node_cluster, self.variant, self.peer, types)
+        return ClientView(self.node_id, self.node_cluster, self.variant, self.peer, self.settled(snapshot), types)
 
 
 class ManagementServer:
@@ -116,8 +124,11 @@ class ManagementServer:
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, addresses: Sequence[str]) -> list[int]:
-        """Listen on each `host:port` (port 0: any free one); return the ports. RuntimeError: an address is not free."""
+    async def start(self, addresses: Sequence[str], tls: TlsFiles | None = None) -> list[int]:
+        """Listen on each `host:port` (port 0: any free one), with mutual TLS if there are files; return the ports.
+
+        RuntimeError: an address is not free. TlsError: the files can not be used.
+        """
         server = grpc.aio.server(options=OPTIONS)
         ads = {
             "StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._sotw),
@@ -127,7 +138,10 @@ class ManagementServer:
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(ADS, ads), grpc.method_handlers_generic_handler(HEALTH, health))
         )
-        ports = [server.add_insecure_port(address) for address in addresses]
+        if tls is None:
+            ports = [server.add_insecure_port(address) for address in addresses]
+        else:
+            ports = [server.add_secure_port(address, server_credentials(tls)) for address in addresses]
         await server.start()
         self._server = server
         return ports
@@ -152,7 +166,8 @@ class ManagementServer:
 
     def clients(self) -> tuple[ClientView, ...]:
         """Return every open stream, sorted by node id."""
-        return tuple(sorted((client.view() for client in self._clients), key=lambda view: (view.node_id, view.peer)))
+        views = [client.view(self._snapshot) for client in self._clients]
+        return tuple(sorted(views, key=lambda view: (view.node_id, view.peer)))
 
     async def wait_settled(self, clients: int = 1) -> None:
         """Wait until at least `clients` streams are open and each has accepted all it wants of the newest snapshot."""
@@ -168,14 +183,7 @@ class ManagementServer:
             await self._server.stop(grace)
 
     def _settled(self, clients: int) -> bool:
-        snapshot = self._snapshot
-        ready = [client.greeted for client in self._clients]
-        return (
-            snapshot is not None
-            and len(ready) >= clients
-            and all(ready)
-            and all(client.stream.settled(snapshot) for client in self._clients)
-        )
+        return len(self._clients) >= clients and all(client.settled(self._snapshot) for client in self._clients)
 
     def _progressed(self) -> None:
         self._progress.set()

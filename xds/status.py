@@ -1,20 +1,34 @@
-"""The HTTP endpoints of a process of ours: /metrics, /healthz (alive) and /readyz (does its work)."""
+"""The HTTP endpoints of a process of ours: /metrics, /healthz (alive), /readyz (does its work), and pages of JSON."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
+
+from xds.model import authority
+
+DEFAULT_ADDRESS = "127.0.0.1:19001"  # of the management server: whoever may ask is told every pod's address
+
+SHUTDOWN = 1.0  # seconds for pages that are being read when the process ends
+
+Page = Callable[[Mapping[str, str]], Awaitable[object]]  # the query -> a JSON value, or None: there is no such thing
 
 
 @asynccontextmanager
 async def serve_status(
-    host: str, port: int, registry: CollectorRegistry, ready: Callable[[], bool]
+    host: str,
+    port: int,
+    registry: CollectorRegistry,
+    ready: Callable[[], bool],
+    pages: Mapping[str, Page] | None = None,
 ) -> AsyncIterator[int]:
-    """Serve on `host:port` (0 = any free one) inside the `with`; yields the port. OSError when it is taken."""
+    """Serve on `host:port` (0 = any free one) inside the `with`; yields the port. OSError, a sentence: it is taken."""
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -26,11 +40,24 @@ async def serve_status(
     app.router.add_get("/metrics", make_aiohttp_handler(registry))
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
-    runner = web.AppRunner(app, access_log=None)
+    for path, page in (pages or {}).items():
+        app.router.add_get(path, _json_handler(page))
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        await site.start()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:  # asyncio's text repeats the address, the system's own does not
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            raise OSError(f"cannot listen on {authority(host, port)}: {why}") from None
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
+
+
+def _json_handler(page: Page) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        value = await page(request.query)
+        return web.Response(status=404, text="no such thing\n") if value is None else web.json_response(value)
+
+    return handle

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 
+import aiohttp
 import pytest
 
 from picker.__main__ import add_arguments, run
@@ -20,16 +21,29 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def test_it_serves_until_told_to_stop() -> None:
-    """A process of its own, its server absent: it starts, drains at SIGTERM, ends at once at the second, with 0."""
+    """A process of its own, its server absent: it starts, drains at SIGTERM, ends at once at the second, with 0.
+
+    Its status address has its metrics, and says ready until it drains.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "picker", "--listen", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0",
         "--server", "127.0.0.1:1", "--log-format", "json", stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None
-    events = []
-    async with asyncio.timeout(30):
+    events, url = [], ""
+    async with asyncio.timeout(30), aiohttp.ClientSession() as client:
         async for line in process.stderr:
-            events.append(json.loads(line)["event"])
+            fields = json.loads(line)
+            events.append(fields["event"])
+            if events[-1] == "picker started":
+                url = f"http://{fields['metrics']}"
+                async with client.get(f"{url}/metrics") as page:
+                    assert "vllm_xds_picker_chunks 0.0" in await page.text()
+                async with client.get(f"{url}/readyz") as page:
+                    assert (page.status, await page.text()) == (200, "ready\n")
+            elif events[-1] == "picker draining":
+                async with client.get(f"{url}/readyz") as page:
+                    assert (page.status, await page.text()) == (503, "not ready\n")
             if events[-1] in ("picker started", "picker draining"):
                 os.kill(process.pid, signal.SIGTERM)
         assert await process.wait() == 0

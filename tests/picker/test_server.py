@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
-import aiohttp
 import grpc
 import pytest
 from structlog.testing import capture_logs
@@ -16,7 +15,7 @@ from structlog.testing import capture_logs
 from picker.cost import PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
-from picker.server import FILTER, HEALTH, PROCESS, AddressError, PickerServer, encode_answer, serve_metrics
+from picker.server import FILTER, HEALTH, PROCESS, AddressError, PickerServer, encode_answer
 from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest
 
 POOL = "pool/default/qwen"
@@ -158,8 +157,6 @@ async def test_an_address_in_use(tmp_path: Path) -> None:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(AddressError, match=f"listen on {address}: Address already in use"):
             await Service().server.start([address])
-        with pytest.raises(AddressError, match=f"metrics on {address}: Address already in use"):
-            await serve_metrics(PickerMetrics(), address)
     unix = f"unix:{tmp_path}/p.sock"
     async with serving(unix) as service:
         with pytest.raises(AddressError, match=f"listen on {unix}: Address already in use"):
@@ -169,14 +166,10 @@ async def test_an_address_in_use(tmp_path: Path) -> None:
         await Service().server.start([f"unix:{tmp_path}/none/p.sock"])
 
 
-async def test_the_metrics_page() -> None:
-    """Served as Prometheus asks for it."""
-    metrics = PickerMetrics()
-    metrics.chunks.set(7)
-    runner, address = await serve_metrics(metrics, "127.0.0.1:0")
-    try:
-        async with aiohttp.ClientSession() as client, client.get(f"http://{address}/metrics") as page:
-            assert page.status == 200
-            assert "vllm_xds_picker_chunks 7.0" in await page.text()
-    finally:
-        await runner.cleanup()
+async def test_it_says_whether_it_serves() -> None:
+    """What /readyz says: not before it listens, not while it drains; the health check says the same."""
+    assert not Service().server.serving
+    async with serving() as service:
+        assert service.server.serving
+        service.server.drain()
+        assert not service.server.serving

@@ -21,5 +21,7 @@ The demo (`vllm-xds demo`):
     table                       what is shown while it runs
     demo                        the command
 
+The faults (`make chaos`, docs/reliability.md): chaos injects them one by one, chaos_gateway is what they hit.
+
 The benchmarks (`make bench`, docs/benchmarks.md): figures runs and prints them all.
 """

@@ -70,7 +70,9 @@ INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its shar
 LLM_IDLE_TIMEOUT = (
     600.0  # seconds without a byte: longer than a full queue and a long prefill, the silent part of an answer
 )
-RETRY_ON = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"  # never after a first byte
+# Never after a first byte. `reset` also takes requests a dying pod has begun to compute: the work is done twice, by at
+# most RETRIES further pods, instead of an error for the client.
+RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
 RETRIES = 2  # further attempts, each at another pod
 NO_HEADER = r"(?s).*[\x00-\x08\x0a-\x1f\x7f].*"  # what Envoy refuses in a header's value (RFC 9110, section 5.5)
 

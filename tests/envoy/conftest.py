@@ -135,7 +135,8 @@ class Gateway:
             Scraper(self.metrics, INTERVAL),
             self.metrics,
             interval=INTERVAL,
-            options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",)),
+            # A busy machine may stall for longer than the 0.2 s of real life; no test here hangs a picker.
+            options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
         )
         await self.server.start([f"127.0.0.1:{self.xds_port}"])
         self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
@@ -146,27 +147,28 @@ class Gateway:
         await asyncio.gather(self._running, return_exceptions=True)
         await self.server.stop(0)
 
-    async def start_envoy(self) -> None:
+    async def start_envoy(self, tls_sds: str | None = None) -> None:
         path = self.scratch / "envoy.yaml"
         admin = f"127.0.0.1:{self.admin_port}"
-        path.write_text(bootstrap.render(f"127.0.0.1:{self.xds_port}", admin=admin, delta=self.delta))
+        server = f"127.0.0.1:{self.xds_port}"
+        path.write_text(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds))
         self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
         await self._stack.enter_async_context(self.envoy)
         await self.envoy.ready(BOUND)
 
-    async def start_picker(self) -> None:
+    async def start_picker(self, *options: str) -> None:
         self.picker = await self._start_process(
             *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
-            *("--metrics-address", "127.0.0.1:0"),
+            *("--metrics-address", "127.0.0.1:0", *options),
             until="server connected",
         )
 
-    async def start_server_process(self) -> asyncio.subprocess.Process:
+    async def start_server_process(self, *options: str, until: str = "client connected") -> asyncio.subprocess.Process:
         """A management server as a process, in place of the one in here; returns when Envoy is connected to it."""
         return await self._start_process(
             *("serve", "--config", str(self.config), "--bind", "127.0.0.1", "--listen", f"127.0.0.1:{self.xds_port}"),
-            *("--picker", f"127.0.0.1:{self.picker_port}", "--status", f"127.0.0.1:{free_port()}"),
-            until="client connected",
+            *("--picker", f"127.0.0.1:{self.picker_port}", "--status", f"127.0.0.1:{free_port()}", *options),
+            until=until,
         )
 
     async def _start_process(self, *arguments: str, until: str) -> asyncio.subprocess.Process:

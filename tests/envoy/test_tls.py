@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 
 import bootstrap
-from bench.envoy import Envoy, free_port
 from bench.vllm_engine import EngineConfig
 from tests.envoy.conftest import BOUND, INTERVAL, Gateway
 from tests.tls_files import Identity
@@ -47,32 +46,20 @@ class TlsGateway(Gateway):
         self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
         self._stack.push_async_callback(self.stop_server)
 
-    async def start_envoy(self) -> None:
-        files, admin = self.identities["envoy"].files, f"127.0.0.1:{self.admin_port}"
+    async def start_envoy(self, tls_sds: str | None = None) -> None:
+        files = self.identities["envoy"].files
         self.sds.mkdir()
         for name, text in bootstrap.secrets(str(files.cert), str(files.key), str(files.ca)).items():
             (self.sds / name).write_text(text)
-        path = self.scratch / "envoy.yaml"
-        path.write_text(bootstrap.render(f"127.0.0.1:{self.xds_port}", admin=admin, tls_sds=str(self.sds)))
-        self.envoy = Envoy(path, admin, self.scratch / "envoy.log")
-        await self._stack.enter_async_context(self.envoy)
-        await self.envoy.ready(BOUND)
+        await super().start_envoy(tls_sds or str(self.sds))
 
-    async def start_picker(self) -> None:
-        self.picker = await self._start_process(
-            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
-            *("--metrics-address", "127.0.0.1:0", *self.identities["picker"].options),
-            until="server connected",
-        )
+    async def start_picker(self, *options: str) -> None:
+        await super().start_picker(*self.identities["picker"].options, *options)
 
-    async def start_server_process(self) -> asyncio.subprocess.Process:
-        """Returns when Envoy is connected to it."""
-        return await self._start_process(
-            *("serve", "--config", str(self.config), "--bind", "127.0.0.1", "--listen", f"127.0.0.1:{self.xds_port}"),
-            *("--picker", f"127.0.0.1:{self.picker_port}", "--status", f"127.0.0.1:{free_port()}"),
-            *("--picker-tls-sds", str(self.sds), *self.identities["server"].options),
-            until='"node": "envoy"',
-        )
+    async def start_server_process(self, *options: str, until: str = '"node": "envoy"') -> asyncio.subprocess.Process:
+        """Returns when Envoy, and not the picker alone, is connected to it."""
+        tls = ("--picker-tls-sds", str(self.sds), *self.identities["server"].options)
+        return await super().start_server_process(*tls, *options, until=until)
 
     async def handshakes(self, cluster: str) -> int:
         """How many TLS connections Envoy has made to this cluster."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.chaos_gateway import PODS, RATE, Gateway, Outcome, Traffic
 from bench.load import percentile
-from bench.report import Table, machine
+from bench.report import Table, machine, put
 from xds.envoy import Options
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -367,8 +367,7 @@ def _added(result: Result, worst: float) -> str:
 
 def write(text: str, document: Path = DOCUMENT) -> None:
     """Put the tables into the document, in place of those between its two marks."""
-    head, _, rest = document.read_text().partition(BEGIN)
-    document.write_text(f"{head}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+    put(text, document, BEGIN, END)
 
 
 async def _run(*, short: bool) -> list[Result]:

@@ -1,0 +1,212 @@
+"""Policies side by side on a simulated fleet, over generated traffic and traces. `make simulate`.
+
+    python -m bench.simulate --trace mooncake_conversation.jsonl --write
+
+What is simulated, and how the figures are to be read, is in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from bench.report import Table, progress, put
+from bench.sim_fleet import CONFIG, SMALL
+from bench.sim_policies import POLICIES
+from bench.sim_report import (
+    BASE,
+    OURS,
+    Case,
+    Results,
+    by_load,
+    capacities,
+    distributions,
+    each,
+    losses,
+    over_time,
+    summary,
+)
+from bench.sim_requests import GENERATED, TraceError, Workload, read_trace, trace_workload
+from bench.sim_run import SCENARIOS, STEADY, Job, Result, Scenario, capacity, simulate
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- written by python -m bench.simulate --write -->\n", "<!-- end of bench.simulate -->\n"
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+PODS = 8
+LOADS = (0.5, 0.7, 0.85, 0.95)  # of what the fleet keeps up with under BASE
+LOAD = 0.85  # of the comparisons at one load
+LIGHT = 0.7  # of the scenarios: a pod fewer is no overload yet
+CONFIGS = {"32B": CONFIG, "8B": SMALL}
+GUESS = 2.0  # requests a second and pod, where the search for capacity begins
+FEW = ("DEFAULT", BASE, OURS)
+SOME = (*FEW, "4 pickers", "stateless")
+TIMELINE = "conversation"  # the workload whose pods are shown over time, where it is there; else the first
+SHOWN = ("round robin", "DEFAULT", "first-block hash", BASE, OURS)  # in plots: more lines are not told apart
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A job by names, so that it can go to another process. `trace` "" = a generated workload."""
+
+    case: Case
+    trace: str
+    pods: int
+    capacity: float  # requests a second and pod
+    policies: tuple[str, ...]
+    model: str = "32B"
+    scenario: Scenario = STEADY
+
+
+@cache
+def workload(name: str, trace: str) -> Workload:
+    if not trace:
+        return next(each for each in GENERATED if each.name == name)
+    with Path(trace).open() as lines:
+        return trace_workload(name, read_trace(lines))
+
+
+def find_capacity(name: str, trace: str, model: str) -> float:
+    return capacity(workload(name, trace), PODS, GUESS, BASE, CONFIGS[model])
+
+
+def run(task: Task, seed: int) -> list[Result]:
+    job = Job(
+        workload(task.case.workload, task.trace),
+        task.pods,
+        task.capacity * task.case.load * task.pods,
+        task.scenario,
+        CONFIGS[task.model],
+        seed,
+    )
+    return list(simulate(job, task.policies))
+
+
+def tasks(names: Mapping[str, str], found: Mapping[tuple[str, str], float], *, quick: bool) -> Iterator[Task]:
+    """Every job, the longest first; `found` are capacities by workload and model."""
+    for name, trace in names.items():
+        cap = found[name, "32B"]
+        for load in (LOAD,) if quick else LOADS:
+            yield Task(Case(name, f"{PODS} pods", load), trace, PODS, cap, FEW if quick else tuple(POLICIES))
+        if quick:
+            continue
+        for pods in (32, 4):
+            yield Task(Case(name, f"{pods} pods", LOAD), trace, pods, cap, SOME)
+        yield Task(Case(name, f"{PODS} pods of an 8B model", LOAD), trace, PODS, found[name, "8B"], FEW, "8B")
+        for scenario in SCENARIOS:
+            yield Task(Case(name, scenario.name, LIGHT), trace, PODS, cap, FEW, scenario=scenario)
+
+
+def execute(
+    names: Mapping[str, str], jobs: int, seed: int, *, quick: bool
+) -> tuple[dict[str, dict[str, float]], dict[Case, list[Result]]]:
+    """Capacities, then all tasks, over `jobs` processes; results in the order of the tasks."""
+    models = ["32B"] if quick else list(CONFIGS)
+    with ProcessPoolExecutor(jobs) as pool:
+        searches = {
+            pool.submit(find_capacity, name, trace, model): (name, model)
+            for model in models
+            for name, trace in names.items()
+        }
+        found = dict(_finished("capacities", searches))
+        work = list(tasks(names, found, quick=quick))
+        running = {pool.submit(run, task, seed): task.case for task in work}
+        results = dict(_finished("jobs", running))
+    by_name = {name: {model: found[name, model] for model in models} for name in names}
+    return by_name, {task.case: results[task.case] for task in work}
+
+
+def _finished(what: str, running: Mapping[Future[V], K]) -> Iterator[tuple[K, V]]:
+    """Each as it ends, told with how long the rest may take."""
+    began = time.monotonic()
+    for count, future in enumerate(as_completed(running), 1):
+        key = running[future]
+        spent = time.monotonic() - began
+        left = spent / count * (len(running) - count)
+        progress(f"{count} of {len(running)} {what}: {key}; {spent:.0f} s, about {left:.0f} s left")
+        yield key, future.result()
+
+
+def part(results: Results, fleets: Sequence[str], load: float | None = None) -> Results:
+    return {c: found for c, found in results.items() if c.fleet in fleets and load in {None, c.load}}
+
+
+def tables(found: Mapping[str, Mapping[str, float]], results: Results) -> list[Table]:
+    """Everything that is printed."""
+    steady = f"{PODS} pods"
+    others = [fleet for fleet in dict.fromkeys(case.fleet for case in results) if fleet != steady]
+    return [
+        capacities(found),
+        summary(f"Over all workloads, {steady}", part(results, [steady])),
+        each(f"{OURS} beside {BASE}", part(results, [steady]), (BASE, OURS)),
+        each(f"All policies, {steady}, {LOAD:.0%} load", part(results, [steady], LOAD)),
+        *([summary("Other fleets", part(results, others))] if others else []),
+    ]
+
+
+def plots(results: Results) -> dict[str, str]:
+    """Files of docs/ and what is in them."""
+    steady = {
+        case: [result for result in found if result.policy in SHOWN]
+        for case, found in part(results, [f"{PODS} pods"]).items()
+    }
+    at_load = {case: found for case, found in steady.items() if case.load == LOAD}
+    agent = next((found for case, found in at_load.items() if case.workload == TIMELINE), next(iter(at_load.values())))
+    return {
+        "simulation-ttft.svg": distributions(at_load),
+        "simulation-hits.svg": by_load(steady, "prompt tokens found in cache, %", lambda r: 100 * r.hit_ratio),
+        "simulation-balance.svg": over_time([result for result in agent if result.policy in ("round robin", *FEW)]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.simulate", description=__doc__)
+    parser.add_argument("--trace", action="append", default=[], metavar="FILE", help="a trace in Mooncake's JSON lines")
+    parser.add_argument("--workload", action="append", metavar="NAME", help="only this one (repeat it for several)")
+    parser.add_argument("--quick", action="store_true", help=f"only {PODS} pods at {LOAD:.0%} load, three policies")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there, too")
+    parser.add_argument("--write", action="store_true", help="write tables and plots into docs/")
+    args = parser.parse_args(argv)
+    names = {generated.name: "" for generated in GENERATED} | {Path(file).stem: file for file in args.trace}
+    if unknown := set(args.workload or ()) - set(names):
+        parser.error(f"unknown workload: {', '.join(sorted(unknown))} (there are {', '.join(names)})")
+    names = {name: trace for name, trace in names.items() if not args.workload or name in args.workload}
+    try:
+        for name, trace in names.items():
+            workload(name, trace)
+    except (OSError, TraceError) as error:
+        parser.error(str(error))
+    began = time.monotonic()
+    found, results = execute(names, args.jobs, args.seed, quick=args.quick)
+    text = "\n".join(map(str, tables(found, results))) + _told(losses(results))
+    print(text)
+    progress(f"{time.monotonic() - began:.0f} s")
+    if args.json:
+        rows = [asdict(case) | asdict(result) for case, all_of_it in results.items() for result in all_of_it]
+        args.json.write_text(json.dumps(rows))
+    if args.write:
+        put(text, DOCS / "benchmarks.md", BEGIN, END)
+        for name, picture in plots(results).items():
+            (DOCS / name).write_text(picture)
+    return 0
+
+
+def _told(lines: Sequence[str]) -> str:
+    return f"\n### Where {OURS} is behind\n\n" + ("\n".join(lines) or "Nowhere.") + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

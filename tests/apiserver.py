@@ -193,6 +193,10 @@ class FakeApiServer:
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         parts = [part for part in request.path.split("/") if part]
+        if parts == ["readyz"]:
+            if self._initializing:
+                return web.Response(text="[-]poststarthook/crd-informer-synced failed\n", status=500)
+            return web.Response(text="ok")
         if (found := self._discovery(parts)) is not None:
             self.requests.append(f"discover {request.path}")
             self._refuse("discover", request.path)

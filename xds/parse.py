@@ -33,6 +33,9 @@ from xds.parse_inference import read_model, read_pool, read_pool_x
 from xds.parse_route import read_http_route
 
 MAX_UNKNOWN = 16  # unknown fields named of one object: a person mends a few, a file of another kind has thousands
+# The annotations that are read. Of ten thousand pods all others would be kept for nothing: last-applied-configuration
+# alone is as large as its object.
+ANNOTATIONS = ("prometheus.io/", "inference.networking.x-k8s.io/")
 
 _API_VERSION = Text("group/version", 317, re.compile(r"[a-z0-9.-]+(/[a-z0-9]+)?"))
 _KIND = Text("a kind", 63, re.compile(r"[A-Za-z][A-Za-z0-9]*"))
@@ -76,6 +79,8 @@ _KINDS = {
     (CORE, "Pod"): _Kind(("v1",), read_pod, strict=False),
     (DISCOVERY, "EndpointSlice"): _Kind(("v1",), read_endpoint_slice, strict=False),
 }
+# What a source has to read: group and kind -> its versions, the newest first, and whether it is namespaced.
+KINDS = {name: (kind.versions, kind.namespaced) for name, kind in _KINDS.items()}
 _OUR_GROUPS = frozenset({GATEWAY, ENVOY_GATEWAY, INFERENCE, INFERENCE_X})
 
 
@@ -125,7 +130,11 @@ def _read(reader: Reader, kind: _Kind, ref: ObjectRef, source: str) -> Object:
         generation=metadata.integer("generation", 0, 2**63 - 1, 0),
         source=source,
         labels=metadata.texts_by_key("labels", MAX_LABELS, LABEL_VALUE),
-        annotations=metadata.texts_by_key("annotations", MAX_LABELS, ANNOTATION),
+        annotations={
+            name: text
+            for name, text in metadata.texts_by_key("annotations", MAX_LABELS, ANNOTATION).items()
+            if name.startswith(ANNOTATIONS)
+        },
     )
     parsed = kind.read(reader, meta)
     if kind.strict:

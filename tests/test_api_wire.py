@@ -26,7 +26,19 @@ from xds.api_wire import (
 PODS = Served("", "v1", "Pod", "pods", namespaced=True)
 GATEWAYS = Served("gateway.networking.k8s.io", "v1", "Gateway", "gateways", namespaced=True)
 CLASSES = Served("gateway.networking.k8s.io", "v1", "GatewayClass", "gatewayclasses", namespaced=False)
-WORDS = ("metadata", "items", "resourceVersion", "continue", "name", "type", "object", "kind", "code", "resources", "verbs")
+WORDS = (
+    "metadata",
+    "items",
+    "resourceVersion",
+    "continue",
+    "name",
+    "type",
+    "object",
+    "kind",
+    "code",
+    "resources",
+    "verbs",
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),

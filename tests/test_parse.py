@@ -198,6 +198,15 @@ def test_other_kinds_are_left_alone(document: object) -> None:
     assert parse(document, "f.yaml:1") == Parsed("f.yaml:1")
 
 
+def test_annotations_that_nobody_reads_are_not_kept() -> None:
+    """Of ten thousand pods they would be most of the memory; a bad one is a mistake all the same."""
+    notes = {"prometheus.io/port": "8000", "kubectl.kubernetes.io/last-applied-configuration": "{}"}
+    pod: dict[str, Any] = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "annotations": notes}}
+    parsed = parse(pod)
+    assert parsed.object is not None
+    assert parsed.object.meta.annotations == {"prometheus.io/port": "8000"}
+
+
 def test_unserved_kind_of_our_groups_is_a_warning() -> None:
     """A GRPCRoute, or a misspelt HTTPRoute, does not vanish without a word."""
     parsed = parse({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "GRPCRoute", "metadata": {"name": "g"}})

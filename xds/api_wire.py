@@ -165,7 +165,8 @@ def _rows(document: object) -> Iterator[Mapping[str, object]]:
     rows = document.get("resources") if isinstance(document, dict) else None
     for row in _mappings(rows):
         name, verbs = row.get("name"), row.get("verbs")
-        if isinstance(name, str) and "/" not in name and isinstance(verbs, list) and "list" in verbs and "watch" in verbs:
+        followed = isinstance(verbs, list) and "list" in verbs and "watch" in verbs
+        if followed and isinstance(name, str) and "/" not in name:
             yield row
 
 

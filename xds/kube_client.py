@@ -187,7 +187,7 @@ def _fault(error: Exception) -> Failure:
         case TimeoutError():
             return Failure("Timeout", "the API server did not answer in time, or did not end a watch")
         case ConfigException():
-            return Failure("Unauthorized", f"no credentials: {error}")
+            return Failure("Unauthorized", f"no credentials: {error}", 401)
         case aiohttp.ClientConnectorError(os_error=cause, host=host, port=port):
             why = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
             return Failure("Unreachable", f"cannot connect to {authority(host, port or 0)}: {why}")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from xds.api_wire import Event, Failure, Item, Key, Page
 
 WATCH = 40.0  # seconds of a watch, up to half as much again: a half-open connection is noticed soon after
-PROOF = 20.0  # seconds of the first watch after a fault; a real server sends a bookmark before its end
+PROOF = 6.0  # seconds of the first watch after a fault: a server sends a bookmark 2 s before the end, if it can
 EARLY = 3.0  # seconds before its time at which a watch may end and still count as over, not as broken
-SILENCE = 300.0  # seconds in which no watch said anything: idle resources of a just started server have no bookmarks
+SILENCE = 120.0  # seconds in which no watch said anything: idle resources of a just started server have no bookmarks
 ABSENT_FOR = 60.0  # seconds: longer than a starting API server needs to have its CRDs
 FIRST_DELAY = 0.5  # seconds after a first fault; doubled with each further one of its kind
 LONGEST_DELAY = 30.0  # seconds
@@ -175,7 +175,8 @@ class Reflector:
         # At most 2 ** 30: the exponent of a server that is away for a year would not fit a float.
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self.failures - 1, 30)) * (1 + self._jitter()) / 2
         self._not_before = now + max(delay, min(failure.retry_after, LONGEST_DELAY))
-        if self.failures > 1 or failure.status in (401, 403):
+        patience = REFUSED if failure.status == 404 else 1  # of a missing resource discovery tells
+        if self.failures > patience or failure.status in (401, 403):
             self.trouble = failure
         if not self._version:
             if failure.status in (400, 410):  # the token is too old

@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.kube import KubernetesSource
 from xds.metrics import Metrics
 from xds.scrape import Scraper
 from xds.server import ManagementServer
@@ -128,7 +129,8 @@ class Gateway:
         text = POD.format(name=pod.name, ip=pod.address, extra=f", {extra}" if extra else "")
         (self.config / f"{pod.name}.yaml").write_text(text)
 
-    async def start_server(self) -> None:
+    async def start_server(self, source: DirectorySource | KubernetesSource | None = None) -> None:
+        """A management server in here, by default of the directory `config`."""
         self.server = ManagementServer(self.metrics)
         self.control = Control(
             self.server,
@@ -139,7 +141,8 @@ class Gateway:
             options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
         )
         await self.server.start([f"127.0.0.1:{self.xds_port}"])
-        self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
+        configs = (source or DirectorySource(self.config)).configs()
+        self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
 
     async def stop_server(self) -> None:

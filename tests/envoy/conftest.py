@@ -95,6 +95,7 @@ class Gateway:
         self.scratch = scratch
         self.delta = delta
         self.config = scratch / "config"
+        self.source: KubernetesSource | None = None  # in place of the directory
         self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
             free_port() for _ in range(5)
         )
@@ -129,8 +130,7 @@ class Gateway:
         text = POD.format(name=pod.name, ip=pod.address, extra=f", {extra}" if extra else "")
         (self.config / f"{pod.name}.yaml").write_text(text)
 
-    async def start_server(self, source: DirectorySource | KubernetesSource | None = None) -> None:
-        """A management server in here, by default of the directory `config`."""
+    async def start_server(self) -> None:
         self.server = ManagementServer(self.metrics)
         self.control = Control(
             self.server,
@@ -141,7 +141,7 @@ class Gateway:
             options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
         )
         await self.server.start([f"127.0.0.1:{self.xds_port}"])
-        configs = (source or DirectorySource(self.config)).configs()
+        configs = (self.source or DirectorySource(self.config)).configs()
         self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
 

@@ -35,7 +35,7 @@ from xds.parse_route import read_http_route
 MAX_UNKNOWN = 16  # unknown fields named of one object: a person mends a few, a file of another kind has thousands
 # The annotations that are read. Of ten thousand pods all others would be kept for nothing: last-applied-configuration
 # alone is as large as its object.
-ANNOTATIONS = ("prometheus.io/", "inference.networking.x-k8s.io/")
+ANNOTATIONS = ("prometheus.io/", "inference.networking.x-k8s.io/", "vllm-xds/")
 
 _API_VERSION = Text("group/version", 317, re.compile(r"[a-z0-9.-]+(/[a-z0-9]+)?"))
 _KIND = Text("a kind", 63, re.compile(r"[A-Za-z][A-Za-z0-9]*"))

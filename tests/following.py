@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ BOUND = 20.0  # seconds for anything awaited here, far above what it takes
 class Following:
     """`config` is the last one, None before the first; `configs` counts them."""
 
-    def __init__(self, client: Client, namespaces: Iterable[str]) -> None:
+    def __init__(self, client: Client, namespaces: Sequence[str]) -> None:
         self.metrics = Metrics()
         self.client = client
         self.source = KubernetesSource(client, self.metrics, namespaces, jitter=lambda: 0.0)
@@ -51,7 +51,7 @@ class Following:
 
 
 @asynccontextmanager
-async def following(kubeconfig: Path, namespaces: Iterable[str] = ()) -> AsyncIterator[Following]:
+async def following(kubeconfig: Path, namespaces: Sequence[str] = ()) -> AsyncIterator[Following]:
     """Ends with every connection closed; a mistake of the source's tasks is raised here."""
     async with aclosing(await connect(str(kubeconfig))) as client:
         follower = Following(client, namespaces)

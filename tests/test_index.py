@@ -171,6 +171,7 @@ def test_every_kind_reaches_its_field() -> None:
         {"apiVersion": "v1", "kind": "Service", "spec": {}},
         {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"},
         {"apiVersion": "v1", "kind": "Pod"},
+        {"apiVersion": "v1", "kind": "Namespace"},
         {"apiVersion": inference, "kind": "InferencePool", "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}},
         {"apiVersion": inference, "kind": "InferenceModel", "spec": {"modelName": "m", "poolRef": {"name": "x"}}},
     ]

@@ -18,7 +18,7 @@ from tests.following import eventually, following, pods
 from tests.goldens import ROOT
 from xds import kube, reflector
 from xds.directory import DirectorySource
-from xds.model import Config, Object
+from xds.model import Config, Namespace, Object
 
 POOLS = "inferencepools.inference.networking.k8s.io"
 
@@ -81,13 +81,14 @@ async def test_the_same_as_of_a_directory(api: FakeApiServer, kubeconfig: Path) 
         return fields | {"ref": each.meta.ref, "annotations": each.meta.annotations}  # type: ignore[return-value]
 
     def everything(config: Config) -> list[str]:
-        return sorted(str(bare(each)) for each in config.objects)
+        return sorted(str(bare(each)) for each in config.objects if not isinstance(each, Namespace))
 
     async with following(kubeconfig) as follower:
         config = await follower.until(lambda _: True)
         assert everything(config) == everything(DirectorySource(seed).load())
         assert config.rejections == ()
         assert all(each.meta.created for each in config.objects)
+        assert [each.meta.ref.name for each in config.namespaces] == ["default", "kube-system"]  # a server has some
 
 
 async def test_nothing_is_said_before_everything_is_read(api: FakeApiServer, kubeconfig: Path) -> None:

@@ -147,6 +147,10 @@ status:
   podIP: 10.0.0.1
   phase: Running
   conditions: [{type: Initialized, status: "True"}, {type: Ready, status: "True"}]
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: team, labels: {team: x}}
 """)
 )
 

@@ -37,7 +37,10 @@ from xds.model import (
     Level,
     Listener,
     MatchType,
+    Meta,
+    Namespace,
     Object,
+    ObjectRef,
     ParentRef,
     PathMatch,
     RequestRedirect,
@@ -190,6 +193,21 @@ def test_allowed_routes_admit_by_namespace_and_kind(allowed: Listener, namespace
     names = [name for host in routed(topology).values() for name in host]
     assert names == [f"{n}/route/0/0" for n in namespaces]
     assert reasons(topology) == ["NotAllowedByListeners"] * (2 - len(namespaces))
+
+
+def test_allowed_routes_select_by_the_labels_of_namespaces() -> None:
+    """All pairs of the selector; a Namespace of another name, or with another value, lets nobody in."""
+    admitting = gateway(listener(namespaces_from="Selector", selector={"team": "a", "tier": "x"}))
+    labels = {
+        "default": {"team": "a"},
+        "one": {"team": "a", "tier": "x", "more": "y"},
+        "two": {"team": "b", "tier": "x"},
+    }
+    spaces = [Namespace(Meta(ObjectRef("", "Namespace", "", name), labels=each)) for name, each in labels.items()]
+    routes = [route(rule(backend(namespace=name)), namespace=name) for name in labels]
+    topology = served(admitting, *routes, *spaces, service(namespace="one"))
+    assert [name for host in routed(topology).values() for name in host] == ["one/route/0/0"]
+    assert reasons(topology) == ["NotAllowedByListeners"] * 2
 
 
 @pytest.mark.parametrize(

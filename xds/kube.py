@@ -4,7 +4,7 @@
     a task for discovery       which resources there are, each through one version ─▶ Reflector
 
 - The first Config comes when every resource the server has was read once: an earlier one would take from running Envoys
-  what is merely not read yet. A resource that may not be read holds it up too, but for other products' (`OPTIONAL`).
+  what is merely not read yet. A resource that may not be read holds it up too, unless it is `optional`.
 - From then on nothing is lost to a fault: what was read last is served until the API server says otherwise.
 """
 
@@ -14,7 +14,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ from xds.api_wire import Failure, GroupKind, Served, choose, group_path, group_v
 from xds.index import LiveIndex
 from xds.kube_client import Client
 from xds.metrics import Metrics, ResourceCollector, ResourceState
-from xds.model import ENVOY_GATEWAY, Config, ObjectRef
+from xds.model import CORE, ENVOY_GATEWAY, Config, ObjectRef
 from xds.parse import KINDS, parse
 from xds.reflector import NOTHING, Changes, List, Reflector, Wait, Watch
 
@@ -37,8 +37,6 @@ LOOK_TIMEOUT = 10.0  # seconds for one answer of discovery
 HOLD_OFF = 0.1  # seconds of quiet before a Config: a rollout is a burst of pod events
 MAX_HOLD_OFF = 0.5  # seconds: how long a burst without an end may keep a pod's deletion from Envoy
 
-OPTIONAL = (ENVOY_GATEWAY,)  # groups of other products: what is read of them refines, and may be left unreadable
-
 log = structlog.get_logger()
 
 
@@ -49,6 +47,7 @@ class _Follower:
     kind: GroupKind
     namespace: str
     reflector: Reflector
+    optional: bool  # it only refines, and may be left unreadable
     served: Served | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     missing: bool = False  # and said so
@@ -71,7 +70,7 @@ class KubernetesSource:
         self,
         client: Client,
         metrics: Metrics,
-        namespaces: Iterable[str] = (),
+        namespaces: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -79,11 +78,13 @@ class KubernetesSource:
         self.index = LiveIndex()
         self._metrics = metrics
         self._clock = clock
+        # Another product's kind, and one whose list shows all namespaces where only some may be read.
+        optional = [(ENVOY_GATEWAY, "BackendTrafficPolicy"), *([(CORE, "Namespace")] if namespaces else [])]
         self._versions = {kind: versions for kind, (versions, _) in KINDS.items()}
         self._followers = [
-            _Follower(kind, namespace, Reflector(jitter, clock()))
+            _Follower(kind, namespace, Reflector(jitter, clock()), kind in optional)
             for kind, (_, namespaced) in KINDS.items()
-            for namespace in (tuple(namespaces) if namespaced else ()) or ("",)
+            for namespace in (namespaces if namespaced else ()) or ("",)
         ]
         self._looked = False  # at what there is, once, with success
         self._look_again = asyncio.Event()
@@ -315,7 +316,7 @@ async def _next(event: asyncio.Event, running: asyncio.Task[None]) -> None:
 def _is_settled(follower: _Follower) -> bool:
     reflector = follower.reflector
     refused = reflector.trouble is not None and reflector.trouble.status in (401, 403)
-    return reflector.synced or reflector.absent or (refused and follower.kind[0] in OPTIONAL)
+    return reflector.synced or reflector.absent or (refused and follower.optional)
 
 
 def _explained(trouble: Failure) -> str:

@@ -305,6 +305,13 @@ class Pod:
     ports: Mapping[str, int]  # named container ports
 
 
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Its labels are what allowedRoutes may select by; without the object a namespace has only its name's."""
+
+    meta: Meta
+
+
 # --- inference extension ------------------------------------------------------------------------------------------
 
 
@@ -356,6 +363,7 @@ Object = (
     | Service
     | EndpointSlice
     | Pod
+    | Namespace
     | InferencePool
     | InferenceModel
 )
@@ -373,6 +381,7 @@ class Config:
     services: tuple[Service, ...] = ()
     endpoint_slices: tuple[EndpointSlice, ...] = ()
     pods: tuple[Pod, ...] = ()
+    namespaces: tuple[Namespace, ...] = ()
     pools: tuple[InferencePool, ...] = ()
     models: tuple[InferenceModel, ...] = ()
     rejections: tuple[Rejection, ...] = ()
@@ -389,6 +398,7 @@ class Config:
             *self.services,
             *self.endpoint_slices,
             *self.pods,
+            *self.namespaces,
             *self.pools,
             *self.models,
         )

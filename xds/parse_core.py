@@ -1,4 +1,4 @@
-"""Service, EndpointSlice and Pod: of their many fields the few that say where requests can go.
+"""Service, EndpointSlice, Pod and Namespace: of their many fields the few that say where requests can go.
 
 The limits are those of the Kubernetes API reference; Kubernetes sets none for ports of a Service or a container.
 """
@@ -9,7 +9,7 @@ import re
 from ipaddress import ip_address
 
 from xds.fields import ANNOTATION, LABEL_VALUE, OBJECT_NAME, FieldError, Reader, Text, describe
-from xds.model import EndpointSlice, Meta, Pod, Service, ServicePort, SliceEndpoint
+from xds.model import EndpointSlice, Meta, Namespace, Pod, Service, ServicePort, SliceEndpoint
 
 MAX_PORTS = 1000  # of a Service, of a container
 MAX_CONTAINERS = 100
@@ -86,6 +86,11 @@ def read_pod(document: Reader, meta: Meta) -> Pod:
     }
     deleting = document.child("metadata").text("deletionTimestamp", ANNOTATION, "")
     return Pod(meta, ip, ready, bool(deleting), ports)
+
+
+def read_namespace(_: Reader, meta: Meta) -> Namespace:
+    """Its metadata is all that counts."""
+    return Namespace(meta)
 
 
 def _is_tcp(port: Reader) -> bool:

@@ -135,7 +135,7 @@ def _attach(
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
             continue
         named = [pair for pair in listeners if pair[0].meta.ref == parent.ref and _named(parent, pair[1])]
-        allowed = [pair for pair in named if _allows(pair[0], pair[1], route)]
+        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, config)]
         reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
         if not named:
             section = f" listener {parent.section}" if parent.section else ""
@@ -158,7 +158,7 @@ def _named(parent: ParentRef, listener: Listener) -> bool:
     return parent.section in ("", listener.name) and parent.port in (0, listener.port)
 
 
-def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
+def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, config: Config) -> bool:
     allowed = listener.allowed
     kind = (route.meta.ref.group, route.meta.ref.kind)
     if allowed.kinds and kind not in allowed.kinds:
@@ -169,8 +169,10 @@ def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
             return True
         case "Same":
             return namespace == gateway.meta.ref.namespace
-        case "Selector":  # every namespace carries this label; others need the Namespace objects
-            return allowed.selector == {"kubernetes.io/metadata.name": namespace}
+        case "Selector":
+            labels = next((each.meta.labels for each in config.namespaces if each.meta.ref.name == namespace), {})
+            name = {"kubernetes.io/metadata.name": namespace}  # a label that every namespace has, told or not
+            return bool(allowed.selector) and allowed.selector.items() <= {**labels, **name}.items()
         case _:
             return False
 

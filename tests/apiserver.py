@@ -17,6 +17,7 @@ import base64
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -342,7 +343,8 @@ class FakeApiServer:
             await self._send(request, response, lines)
         self.watches.add(watch)
         try:
-            await self._follow(request, response, watch, version, end, bookmarks)
+            with suppress(ConnectionError):  # the client is gone, or cut off
+                await self._follow(request, response, watch, version, end, bookmarks)
         finally:
             self.watches.discard(watch)
         return response

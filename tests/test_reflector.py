@@ -19,6 +19,7 @@ from xds.reflector import (
     PROOF,
     REFUSED,
     SILENCE,
+    SPACING,
     WATCH,
     Changes,
     List,
@@ -194,6 +195,15 @@ def test_a_watch_that_ends_early_and_silent_is_a_fault() -> None:
     assert isinstance(reflector.next(WATCH * 1.25), Watch)
 
 
+def test_watches_that_end_after_a_line_are_spaced() -> None:
+    """They are in order, but begun at most once in SPACING."""
+    reflector = watching()
+    reflector.happened(Event("BOOKMARK", "11"), 0.1)
+    reflector.ended(0.1)
+    assert reflector.next(0.1) == Wait(SPACING - 0.1)
+    assert isinstance(reflector.next(SPACING), Watch)
+
+
 def test_watches_that_never_work_end_in_lists() -> None:
     """Where connections are cut again and again, the state is followed by lists, at a growing distance."""
     reflector, now, lists = watching(), 0.0, 0
@@ -336,12 +346,12 @@ def test_a_resource_without_objects_is_gone_at_once() -> None:
 
 
 def test_another_version_is_read_anew() -> None:
-    """The same objects through another path are put again and none is gone, even with a watch under way."""
+    """The same objects through another path are put again and none is gone; a watch under way counts to its end."""
     reflector = watching(item("a", "1"))
     reflector.discovered("/apis/g/v2/things", 1)
-    assert reflector.happened(event("ADDED", "b", "11"), 1) is NOTHING
+    assert names(reflector.happened(event("ADDED", "b", "11"), 1)) == (["b"], [])
     assert reflector.next(1) == List("", "Moved")
-    assert names(reflector.listed(Page((item("a", "1"), item("b", "11")), "12"), 1)) == (["a", "b"], [])
+    assert names(reflector.listed(Page((item("a", "1"), item("b", "11")), "12"), 1)) == (["a"], [])
 
 
 # --- any order of everything ---

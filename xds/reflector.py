@@ -24,6 +24,7 @@ from xds.api_wire import Event, Failure, Item, Key, Page
 WATCH = 40.0  # seconds of a watch, up to half as much again: a half-open connection is noticed soon after
 PROOF = 6.0  # seconds of the first watch after a fault: a server sends a bookmark 2 s before the end, if it can
 EARLY = 3.0  # seconds before its time at which a watch may end and still count as over, not as broken
+SPACING = 1.0  # seconds at least from one watch to the next: a server may end each after its first line
 SILENCE = 120.0  # seconds in which no watch said anything: idle resources of a just started server have no bookmarks
 ABSENT_FOR = 60.0  # seconds: longer than a starting API server needs to have its CRDs
 FIRST_DELAY = 0.5  # seconds after a first fault; doubled with each further one of its kind
@@ -145,9 +146,11 @@ class Reflector:
 
     def happened(self, event: Event, now: float) -> Changes:
         """A line of the watch."""
-        if not self._version:  # everything is about to be listed, which tells this too
+        if not self.path:
             return NOTHING
-        self._version, self.heard_at = event.version, now
+        if self._version:  # else everything is to be listed, through another path, as soon as this watch has ended
+            self._version = event.version
+        self.heard_at = now
         self._heard, self._resumed = True, False
         self.trouble, self.failures = None, 0
         item = event.item
@@ -163,6 +166,7 @@ class Reflector:
             self.failed(Failure("Closed", "the server ended a watch before its time, without a word"), now)
             return
         self.trouble, self.failures = None, 0
+        self._not_before = self._began + SPACING
         if not self._heard and (self._resumed or now - self.heard_at > SILENCE):
             self._list_again("Silence")
 

@@ -260,7 +260,7 @@ def test_live_index_tells_pools_of_one_name_and_age_apart() -> None:
         ref = ObjectRef(group, "InferencePool", "default", "p")
         live.put(ref, Parsed("", ref, InferencePool(Meta(ref), {"a": "b"}, (1,))))
         refs.append(ref)
-    for gone, left in (refs, refs[::-1]):
+    for gone, left in (refs[::-1], refs):
         assert live.drop(gone)
         assert [each.meta.ref for each in live.config().pools] == [left]
         live.put(gone, Parsed("", gone, InferencePool(Meta(gone), {"a": "b"}, (1,))))

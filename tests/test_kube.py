@@ -228,6 +228,20 @@ async def test_a_missing_definition_is_waited_for(
     assert [entry for entry in logs if entry["event"] == "watch failed"] == []
 
 
+async def test_a_resource_that_is_not_where_it_was_is_looked_for_at_once(
+    api: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 404 does not wait for the next look, and one look is all it costs."""
+    monkeypatch.setattr(kube, "LOOK", 60.0)
+    with capture_logs() as logs:
+        async with following(kubeconfig) as follower:
+            await follower.until(has())
+            assert api.requests.count("discover /apis") == 1
+            api.store.uninstall("InferenceModel")
+            await eventually(lambda: "resource missing" in _events(logs))
+            assert api.requests.count("discover /apis") == 2
+
+
 async def test_objects_go_only_when_their_absence_is_certain(api: FakeApiServer, kubeconfig: Path) -> None:
     """A resource that discovery loses for a moment, without events, keeps its objects; for long, it does not."""
     api.store.put(pod("a"))

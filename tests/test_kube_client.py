@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from tests.apiserver import FakeApiServer
 from tests.following import eventually
+from tests.tls_files import CERTS
 from xds import kube_client
 from xds.api_wire import Failure
 from xds.kube_client import Client, KubeError, connect
@@ -21,14 +23,14 @@ from xds.kube_client import Client, KubeError, connect
 LONG = 10.0  # seconds, far above what an answer takes here
 
 
-def kubeconfig(path: Path, server: str = "http://127.0.0.1:1", **user: Any) -> Path:
+def kubeconfig(path: Path, server: str = "http://127.0.0.1:1", ca: str = "", **user: Any) -> Path:
     """A kubeconfig with two contexts, `one` and `two`, the second for another server."""
     config = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "one",
         "clusters": [
-            {"name": "one", "cluster": {"server": server}},
+            {"name": "one", "cluster": {"server": server, **({"certificate-authority": ca} if ca else {})}},
             {"name": "two", "cluster": {"server": "http://127.0.0.1:2"}},
         ],
         "users": [{"name": "user", "user": user}],
@@ -97,6 +99,31 @@ async def test_no_kubeconfig_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
     with pytest.raises(KubeError, match=r"cannot use the service account of this pod: .*token"):
         await connect()
+
+
+@pytest.mark.parametrize(("ca", "said"), [("ca.pem", ""), ("strange-ca.pem", "certificate verify failed")])
+async def test_tls(ca: str, said: str, odd: Odd, tmp_path: Path) -> None:
+    """The server has to be of the kubeconfig's CA, and is shown the user's certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=CERTS / "ca.pem")
+    context.load_cert_chain(CERTS / "first.pem", CERTS / "first.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    app = web.Application()
+    app.router.add_get("/{path:.*}", odd.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    user = {"client-certificate": str(CERTS / "second.pem"), "client-key": str(CERTS / "second.key")}
+    server = f"https://127.0.0.1:{runner.addresses[0][1]}"
+    path = kubeconfig(tmp_path / "config", server, ca=str(CERTS / ca), **user)
+    async with aclosing(await connect(str(path))) as client:
+        answer = await client.get("/x", {}, LONG)
+    await runner.cleanup()
+    if said:
+        assert isinstance(answer, Failure)
+        assert answer.reason == "Unreachable"
+        assert said in answer.message
+    else:
+        assert answer == {}
 
 
 async def test_more_watches_than_connections_by_default(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from collections.abc import AsyncGenerator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -189,7 +190,8 @@ def _fault(error: Exception) -> Failure:
         case ConfigException():
             return Failure("Unauthorized", f"no credentials: {error}", 401)
         case aiohttp.ClientConnectorError(os_error=cause, host=host, port=port):
-            why = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else str(cause)
+            system = cause.errno is not None and cause.errno > 0 and not isinstance(cause, ssl.SSLError)
+            why = os.strerror(cause.errno or 0) if system else str(cause)
             return Failure("Unreachable", f"cannot connect to {authority(host, port or 0)}: {why}")
         case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
             return Failure("Unreachable", "the API server closed the connection")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from aiohttp import web
+from kubernetes_asyncio.config import incluster_config
 
 from tests.apiserver import FakeApiServer
 from tests.following import eventually
@@ -107,23 +109,36 @@ async def test_tls(ca: str, said: str, odd: Odd, tmp_path: Path) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=CERTS / "ca.pem")
     context.load_cert_chain(CERTS / "first.pem", CERTS / "first.key")
     context.verify_mode = ssl.CERT_REQUIRED
-    app = web.Application()
-    app.router.add_get("/{path:.*}", odd.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
     user = {"client-certificate": str(CERTS / "second.pem"), "client-key": str(CERTS / "second.key")}
-    server = f"https://127.0.0.1:{runner.addresses[0][1]}"
-    path = kubeconfig(tmp_path / "config", server, ca=str(CERTS / ca), **user)
-    async with aclosing(await connect(str(path))) as client:
-        answer = await client.get("/x", {}, LONG)
-    await runner.cleanup()
+    async with listening(odd, context) as port:
+        path = kubeconfig(tmp_path / "config", f"https://127.0.0.1:{port}", ca=str(CERTS / ca), **user)
+        async with aclosing(await connect(str(path))) as client:
+            answer = await client.get("/x", {}, LONG)
     if said:
         assert isinstance(answer, Failure)
         assert answer.reason == "Unreachable"
         assert said in answer.message
     else:
         assert answer == {}
+
+
+async def test_a_pod_is_its_service_account(odd: Odd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its CA, and its token, which is read again as the kubelet renews it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(CERTS / "first.pem", CERTS / "first.key")
+    (tmp_path / "token").write_text("old")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(CERTS / "ca.pem"))
+    monkeypatch.setattr(incluster_config, "TOKEN_REFRESH_PERIOD", timedelta(0))
+    async with listening(odd, context) as port:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(port))
+        async with aclosing(await connect()) as client:
+            for token in ("old", "new"):
+                (tmp_path / "token").write_text(token)
+                assert await client.get("/x", {}, LONG) == {}
+                assert odd.asked["Authorization"] == f"Bearer {token}"
+                assert odd.asked["User-Agent"].startswith("vllm-xds/")
 
 
 async def test_more_watches_than_connections_by_default(tmp_path: Path) -> None:
@@ -152,8 +167,10 @@ class Odd:
     def __init__(self) -> None:
         self.status, self.body, self.content_type, self.hangs = 200, b"{}", "application/json", False
         self.headers: dict[str, str] = {}
+        self.asked: Mapping[str, str] = {}  # the headers of the last request
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked = request.headers
         response = web.StreamResponse(status=self.status, headers={"Content-Type": self.content_type, **self.headers})
         response.enable_chunked_encoding()
         await response.prepare(request)
@@ -163,6 +180,20 @@ class Odd:
         return response
 
 
+@asynccontextmanager
+async def listening(odd: Odd, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """On a port of loopback."""
+    app = web.Application()
+    app.router.add_get("/{path:.*}", odd.handle)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
 @pytest.fixture
 async def odd() -> Odd:
     return Odd()
@@ -170,15 +201,10 @@ async def odd() -> Odd:
 
 @pytest.fixture
 async def client(odd: Odd, tmp_path: Path) -> AsyncIterator[Client]:
-    app = web.Application()
-    app.router.add_get("/{path:.*}", odd.handle)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    path = kubeconfig(tmp_path / "config", f"http://127.0.0.1:{runner.addresses[0][1]}", token="t")
-    async with aclosing(await connect(str(path))) as client:
-        yield client
-    await runner.cleanup()
+    async with listening(odd) as port:
+        path = kubeconfig(tmp_path / "config", f"http://127.0.0.1:{port}", token="t")
+        async with aclosing(await connect(str(path))) as client:
+            yield client
 
 
 async def lines_of(client: Client, within: float = LONG) -> list[Any]:

@@ -147,7 +147,7 @@ _JSON = st.recursive(
 
 
 class _Quoting(yaml.SafeDumper):
-    """Quotes every text: plain, PyYAML's YAML 1.1 leaves some that kubectl's reader, and ours, take for numbers (0E0)."""
+    """Quotes every text: PyYAML leaves some plain (0E0) that kubectl's reader, and ours, take for numbers."""
 
 
 _Quoting.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))

@@ -11,23 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
-from tests.scenarios import FULL, PEERS, SCENARIOS, Link, snapshot, start_up
+from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
 from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
 
 
 class MemoryLink(Link):
-    """A peer and a stream joined in memory; `now` is the stream's clock."""
+    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone."""
 
-    def __init__(self, peer: SotwPeer | DeltaPeer) -> None:
+    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "") -> None:
         self.peer = peer
+        self.only = only
         self.now = 0.0
         self.snapshot: Snapshot | None = None
         self.stream: Any = self._open()
         self.responses: deque[Any] = deque()
 
     def _open(self) -> SotwStream | DeltaStream:
-        return DeltaStream("test") if isinstance(self.peer, DeltaPeer) else SotwStream("test")
+        stream = DeltaStream if isinstance(self.peer, DeltaPeer) else SotwStream
+        return stream("test", self.only)
 
     def advance(self) -> None:
         self.responses.extend(self.stream.advance(self.snapshot, self.now))
@@ -63,6 +65,13 @@ def link(request: pytest.FixtureRequest) -> MemoryLink:
 async def test_scenario(link: MemoryLink, scenario: Any) -> None:
     """Each rule of the protocol holds in both variants over the pure objects; the scenario says which."""
     await scenario(link)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+@pytest.mark.parametrize(("scenario", "only"), OF_ONE_TYPE, ids=lambda value: getattr(value, "__name__", ""))
+async def test_scenario_of_one_type(peer: Any, scenario: Any, only: str) -> None:
+    """On a stream for one type alone the same rules hold for it."""
+    await scenario(MemoryLink(peer(), only))
 
 
 async def test_routes_are_held_for_a_bounded_time(link: MemoryLink) -> None:

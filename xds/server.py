@@ -1,4 +1,6 @@
-"""The management server: ADS over gRPC in both variants. Every protocol decision is in xds/stream.py, here is the I/O.
+"""The management server: ADS, and LDS, RDS, CDS and EDS alone, over gRPC in both variants.
+
+Every protocol decision is in xds/stream.py, here is the I/O.
 
     publish --newest snapshot--> [ client: reader task -> Stream.receive ; writer loop -> Stream.advance -> write ] * n
 
@@ -12,6 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,12 +22,19 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
-from xds.snapshot import POOL_LOAD, Snapshot, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
 ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+SERVICES = {  # service -> its two methods, and the one type it is for ("": all of them)
+    ADS: ("StreamAggregatedResources", "DeltaAggregatedResources", ""),
+    "envoy.service.cluster.v3.ClusterDiscoveryService": ("StreamClusters", "DeltaClusters", CLUSTER),
+    "envoy.service.endpoint.v3.EndpointDiscoveryService": ("StreamEndpoints", "DeltaEndpoints", ENDPOINT),
+    "envoy.service.listener.v3.ListenerDiscoveryService": ("StreamListeners", "DeltaListeners", LISTENER),
+    "envoy.service.route.v3.RouteDiscoveryService": ("StreamRoutes", "DeltaRoutes", ROUTE),
+}
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
 
@@ -130,13 +140,14 @@ class ManagementServer:
         RuntimeError: an address is not free. TlsError: the files can not be used.
         """
         server = grpc.aio.server(options=OPTIONS)
-        ads = {
-            "StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._sotw),
-            "DeltaAggregatedResources": grpc.stream_stream_rpc_method_handler(self._delta),
-        }
-        health = {"Check": grpc.unary_unary_rpc_method_handler(self._check)}
+        services = {HEALTH: {"Check": grpc.unary_unary_rpc_method_handler(self._check)}}
+        for service, (sotw, delta, only) in SERVICES.items():
+            services[service] = {
+                sotw: grpc.stream_stream_rpc_method_handler(partial(self._sotw, only)),
+                delta: grpc.stream_stream_rpc_method_handler(partial(self._delta, only)),
+            }
         server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(ADS, ads), grpc.method_handlers_generic_handler(HEALTH, health))
+            [grpc.method_handlers_generic_handler(service, methods) for service, methods in services.items()]
         )
         if tls is None:
             ports = [server.add_insecure_port(address) for address in addresses]
@@ -195,12 +206,12 @@ class ManagementServer:
         """grpc.health.v1: serving once there is something to serve."""
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
-    async def _sotw(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(self._identifier)
+    async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = SotwStream(self._identifier, only)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
-    async def _delta(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = DeltaStream(self._identifier)
+    async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = DeltaStream(self._identifier, only)
         await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
 
     async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -24,6 +24,9 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a change).
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+
+A stream of a service for one type (LDS, RDS, CDS, EDS instead of ADS) is `only` that type, which its requests need not
+name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.
 """
 
 from __future__ import annotations
@@ -109,10 +112,19 @@ ResponseT = TypeVar("ResponseT")
 class Stream(ABC, Generic[RequestT, ResponseT]):
     """What both variants share: the order of sending, and what an answer means. Mutable, one for each gRPC stream."""
 
-    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "") -> None:
+    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "", only: str = "") -> None:
         self.subscriptions = subscriptions
+        self._only = only
         self._control_plane = wire.ControlPlane(identifier=identifier)
         self._nonces = 0
+
+    def _asked(self, type_url: str) -> tuple[str, Subscription | None]:
+        """The type a request is for, and its subscription; None for a type that is not served here.
+
+        "This is implicit in requests made via singleton xDS APIs such as CDS, LDS, etc. but is required for ADS."
+        """
+        type_url = type_url or self._only
+        return type_url, self.subscriptions.get(type_url) if self._only in ("", type_url) else None
 
     @abstractmethod
     def receive(self, request: RequestT) -> Received:
@@ -205,19 +217,19 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
 class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
     """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
 
-    def __init__(self, identifier: str = "") -> None:
+    def __init__(self, identifier: str = "", only: str = "") -> None:
         subscriptions = {
             type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
             for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier)
+        super().__init__(subscriptions, identifier, only)
 
     def receive(self, request: wire.DiscoveryRequest) -> Received:
-        sub = self.subscriptions.get(request.type_url)
+        type_url, sub = self._asked(request.type_url)
         if sub is None:
-            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+            return Received(Kind.UNKNOWN_TYPE, type_url)
         if len(request.resource_names) > MAX_NAMES:
-            return Received(Kind.EXCESS, request.type_url)
+            return Received(Kind.EXCESS, type_url)
         names = request.resource_names
         error = request.error_detail if request.HasField("error_detail") else None
         answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
@@ -234,9 +246,9 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
             sub.open(names=names, claim=request.version_info)
         elif kind is not Kind.STALE_NONCE:
             if answers:
-                refusal = self._answer(request.type_url, sub, error)
+                refusal = self._answer(type_url, sub, error)
             sub.set_names(names)
-        return Received(kind, request.type_url, refusal)
+        return Received(kind, type_url, refusal)
 
     def _encode(
         self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
@@ -258,18 +270,18 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
 class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse]):
     """Incremental: requests change the set of names, responses carry only what changed."""
 
-    def __init__(self, identifier: str = "") -> None:
+    def __init__(self, identifier: str = "", only: str = "") -> None:
         subscriptions = {
             type_url: Subscription(tells_absence=True, empty_is_wildcard=type_url not in BY_NAME) for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier)
+        super().__init__(subscriptions, identifier, only)
 
     def receive(self, request: wire.DeltaDiscoveryRequest) -> Received:
-        sub = self.subscriptions.get(request.type_url)
+        type_url, sub = self._asked(request.type_url)
         if sub is None:
-            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+            return Received(Kind.UNKNOWN_TYPE, type_url)
         if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
-            return Received(Kind.EXCESS, request.type_url)
+            return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
         kind = classify(
@@ -285,10 +297,10 @@ class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse
             sub.open(names=request.resource_names_subscribe, held=request.initial_resource_versions)
         else:
             if answers:
-                refusal = self._answer(request.type_url, sub, error)
+                refusal = self._answer(type_url, sub, error)
             sub.subscribe(request.resource_names_subscribe)
             sub.unsubscribe(request.resource_names_unsubscribe)
-        return Received(kind, request.type_url, refusal)
+        return Received(kind, type_url, refusal)
 
     def _encode(
         self, type_url: str, change: Change, snapshot: Snapshot, nonce: str

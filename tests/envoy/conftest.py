@@ -147,11 +147,12 @@ class Gateway:
         await asyncio.gather(self._running, return_exceptions=True)
         await self.server.stop(0)
 
-    async def start_envoy(self, tls_sds: str | None = None) -> None:
+    async def start_envoy(self, tls_sds: str | None = None, edit: Callable[[str], str] = str) -> None:
+        """An Envoy with our bootstrap, as `edit` leaves it."""
         path = self.scratch / "envoy.yaml"
         admin = f"127.0.0.1:{self.admin_port}"
         server = f"127.0.0.1:{self.xds_port}"
-        path.write_text(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds))
+        path.write_text(edit(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds)))
         self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
         await self._stack.enter_async_context(self.envoy)
         await self.envoy.ready(BOUND)

@@ -236,6 +236,29 @@ async def test_envoy_restarts(gateway: Gateway, session: aiohttp.ClientSession) 
         assert (await gateway.ask(session, port, "hello"))[0] == 200
 
 
+async def test_envoy_on_the_services_for_one_type(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """An Envoy that asks CDS and LDS by themselves, and ADS for the rest, is served and follows a change."""
+    await gateway.envoy.stop()
+    api = f"api_type: {'DELTA_GRPC' if gateway.delta else 'GRPC'}, transport_api_version: V3"
+    source = f"{{api_config_source: {{{api}, grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]}}}}"
+    await gateway.start_envoy(edit=lambda text: text.replace("{ads: {}, resource_api_version: V3}", source))
+    await gateway.settled(clients=3)
+    assert sorted([t.type for t in client.types] for client in gateway.server.clients()) == [
+        ["Cluster"],
+        ["ClusterLoadAssignment", "RouteConfiguration"],
+        ["Listener"],
+    ]
+    for port in (gateway.plain_port, gateway.llm_port):
+        assert (await gateway.ask(session, port, "hello"))[0] == 200
+    (gateway.config / "pod-3.yaml").unlink()
+    await gateway.until(lambda control: _endpoints(control) == 3)
+    assert {(await gateway.ask(session, gateway.plain_port, f"gone {turn}"))[1] for turn in range(12)} == {
+        "pod-0",
+        "pod-1",
+        "pod-2",
+    }
+
+
 async def test_running_answer_survives_changes(gateway: Gateway, session: aiohttp.ClientSession) -> None:
     """A streamed answer goes on while routes, endpoints and the strategy change under it."""
     body = {"model": "/model/qwen", "prompt": LONG, "max_tokens": 400, "ignore_eos": True, "stream": True}

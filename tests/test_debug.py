@@ -107,7 +107,7 @@ async def test_the_snapshot(running: Running) -> None:
     snapshot = running.control.snapshot
     assert snapshot is not None
     assert page["ready"] is True
-    assert page["ports"] == [{"port": 8080, "routes": 1}]
+    assert page["ports"] == [{"port": 8080, "group": "", "routes": 1}]
     assert list(page["types"]) == [label(type_url) for type_url in TYPES]
     for type_url in TYPES:
         assert page["types"][label(type_url)] == {
@@ -202,7 +202,13 @@ async def test_clients(running: Running, peer: Any) -> None:
     assert (other["node_id"], [each["type"] for each in other["types"]]) == ("envoy-0", ["Cluster"])
     assert first.pop("peer").startswith("ipv4:127.0.0.1:")
     types = {each.pop("type"): each for each in first.pop("types")}
-    assert first == {"node_id": "envoy-1", "node_cluster": "test", "variant": peer.variant, "settled": True}
+    assert first == {
+        "node_id": "envoy-1",
+        "node_cluster": "test",
+        "group": "",
+        "variant": peer.variant,
+        "settled": True,
+    }
     assert running.control.snapshot is not None
     versions = running.control.snapshot.versions
     assert types == {

@@ -176,6 +176,39 @@ async def test_every_client_is_brought_to_the_newest_snapshot(served: Served, co
     assert served.value("vllm_xds_requests_total", type="Cluster", kind="ack") == 6
 
 
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_each_group_is_served_its_own(served: Served, connect: Any, peer: Any) -> None:
+    """A client is in the group its node names, by cluster or id, and is served that group's listeners alone; when the
+    groups change it is brought to the new one. One that has no listener is warned of."""
+    made = {LISTENER: [resource(LISTENER, name) for name in "abc"]}
+    served.server.publish(Snapshot.of(made, {"": ["a"], "test": ["a", "b"], "envoy-2": ["c"], "none": []}))
+    by_cluster, by_id, other, empty = [await connect(peer(f"envoy-{i}")) for i in range(1, 5)]
+    for client, cluster in ((by_id, "x"), (other, "x"), (empty, "none")):
+        client.peer.node.cluster = cluster
+    with structlog.testing.capture_logs() as logs:
+        for client, names in ((by_cluster, "ab"), (by_id, "c"), (other, "a"), (empty, "")):
+            await client.send(client.peer.subscribe(LISTENER))
+            await client.send(client.peer.ack(await client.receive()))
+            assert "".join(client.peer.held[LISTENER]) == names
+    async with asyncio.timeout(PATIENCE):
+        await served.server.wait_settled(clients=4)
+    assert [view.group for view in served.server.clients()] == ["test", "envoy-2", "", "none"]
+    (warning,) = [line for line in logs if line["event"] == "client without gateway"]
+    assert (warning["node"], warning["cluster"], warning["groups"]) == (
+        "envoy-4",
+        "none",
+        ["envoy-2", "none", "test"],
+    )
+
+    served.server.publish(Snapshot.of(made, {"": ["a"], "envoy-2": ["c"], "none": ["b"]}))
+    for client, names in ((by_cluster, "a"), (empty, "b")):
+        await client.send(client.peer.ack(await client.receive()))
+        assert "".join(client.peer.held[LISTENER]) == names
+    async with asyncio.timeout(PATIENCE):
+        await served.server.wait_settled(clients=4)
+    assert served.value("vllm_xds_responses_total", type="Listener") == 4 + 2
+
+
 async def test_refusal_is_logged_counted_and_shown(served: Served, connect: Any) -> None:
     """A NACK is a log event with node, type, version, nonce and the client's message; a metric; and in the view."""
     with structlog.testing.capture_logs() as logs:

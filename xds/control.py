@@ -201,7 +201,8 @@ def _fields(rejection: Rejection) -> dict[str, str]:
 def _log_configuration(topology: Topology, rejections: tuple[Rejection, ...], seconds: float) -> None:
     log.info(
         "configuration applied",
-        ports=[listener.port for listener in topology.listeners],
+        ports=sorted({listener.port for listener in topology.listeners}),
+        groups=topology.groups,
         routes=sum(len(host.routes) for listener in topology.listeners for host in listener.virtual_hosts),
         clusters={c.name: len(c.endpoints) for c in topology.clusters},
         rejections=sum(rejection.level is Level.ERROR for rejection in rejections),

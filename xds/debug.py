@@ -49,7 +49,11 @@ def describe(control: Control) -> dict[str, Any]:
     return {
         "ready": control.snapshot is not None,
         "ports": [
-            {"port": listener.port, "routes": sum(len(host.routes) for host in listener.virtual_hosts)}
+            {
+                "port": listener.port,
+                "group": listener.group,
+                "routes": sum(len(host.routes) for host in listener.virtual_hosts),
+            }
             for listener in control.topology.listeners
         ],
         "types": {

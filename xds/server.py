@@ -22,7 +22,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, group_of, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
@@ -73,11 +73,13 @@ class TypeView:
 class ClientView:
     """One stream as it is now; `node_id` is "" until its first request.
 
-    `settled`: it has accepted all it wants of the newest snapshot, but for what it refuses.
+    `group` is the group of Envoys it is in ("": of none that a Gateway names). `settled`: it has accepted all it wants
+    of the newest snapshot, but for what it refuses.
     """
 
     node_id: str
     node_cluster: str
+    group: str
     variant: str
     peer: str
     settled: bool
@@ -102,7 +104,7 @@ class _Client:
     def settled(self, snapshot: Snapshot | None) -> bool:
         return snapshot is not None and self.greeted and self.stream.settled(snapshot)
 
-    def view(self, snapshot: Snapshot | None) -> ClientView:
+    def view(self, snapshot: Snapshot | None, group: str) -> ClientView:
         types = tuple(
             TypeView(
                 label(type_url),
@@ -116,7 +118,8 @@ class _Client:
             for type_url, sub in self.stream.subscriptions.items()
             if sub.opened
         )
-        return ClientView(self.node_id, self.node_cluster, self.variant, self.peer, self.settled(snapshot), types)
+        settled = self.settled(snapshot)
+        return ClientView(self.node_id, self.node_cluster, group, self.variant, self.peer, settled, types)
 
 
 class ManagementServer:
@@ -129,6 +132,7 @@ class ManagementServer:
         self._identifier = identifier
         self._clock = clock
         self._snapshot: Snapshot | None = None
+        self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
@@ -158,8 +162,9 @@ class ManagementServer:
         return ports
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Make this the snapshot every client is brought to; returns at once."""
+        """Make this the snapshot every client is brought to, or its group's view of it; returns at once."""
         before, self._snapshot = self._snapshot, snapshot
+        self._views = {group: snapshot.view(group, self._views.get(group)) for group in snapshot.groups}
         for client in self._clients:
             client.wake.set()
         changed = {
@@ -177,7 +182,7 @@ class ManagementServer:
 
     def clients(self) -> tuple[ClientView, ...]:
         """Return every open stream, sorted by node id."""
-        views = [client.view(self._snapshot) for client in self._clients]
+        views = [client.view(self._served(client), self._group(client)) for client in self._clients]
         return tuple(sorted(views, key=lambda view: (view.node_id, view.peer)))
 
     async def wait_settled(self, clients: int = 1) -> None:
@@ -194,7 +199,14 @@ class ManagementServer:
             await self._server.stop(grace)
 
     def _settled(self, clients: int) -> bool:
-        return len(self._clients) >= clients and all(client.settled(self._snapshot) for client in self._clients)
+        return len(self._clients) >= clients and all(client.settled(self._served(client)) for client in self._clients)
+
+    def _group(self, client: _Client) -> str:
+        return group_of(self._views, client.node_cluster, client.node_id)
+
+    def _served(self, client: _Client) -> Snapshot | None:
+        """What this client is brought to; None before there is anything."""
+        return self._views[self._group(client)] if self._views else self._snapshot
 
     def _progressed(self) -> None:
         self._progress.set()
@@ -252,9 +264,14 @@ class ManagementServer:
         """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
         while not (reader.done() or self._stopping):
             now = self._clock()
-            for response in client.stream.advance(self._snapshot, now):
+            served = self._served(client)
+            for response in client.stream.advance(served, now):
                 await context.write(response.SerializeToString())
                 self._count(client, response)
+                if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
+                    client.log.warning(
+                        "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
+                    )
             self._progressed()
             deadline = client.stream.deadline(now)
             try:

@@ -149,13 +149,25 @@ class Gateway:
 
     async def start_envoy(self, tls_sds: str | None = None, edit: Callable[[str], str] = str) -> None:
         """An Envoy with our bootstrap, as `edit` leaves it."""
-        path = self.scratch / "envoy.yaml"
-        admin = f"127.0.0.1:{self.admin_port}"
-        server = f"127.0.0.1:{self.xds_port}"
-        path.write_text(edit(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds)))
-        self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
-        await self._stack.enter_async_context(self.envoy)
-        await self.envoy.ready(BOUND)
+        self.envoy = await self.another_envoy(self.admin_port, tls_sds=tls_sds, edit=edit)
+
+    async def another_envoy(
+        self,
+        admin_port: int,
+        node_cluster: str = bootstrap.DEFAULT_NODE_CLUSTER,
+        tls_sds: str | None = None,
+        edit: Callable[[str], str] = str,
+    ) -> Envoy:
+        """One beside `envoy`, which stays the one the others ask."""
+        number = next(self._envoys)
+        path = self.scratch / f"envoy-{number}.yaml"
+        server, admin = f"127.0.0.1:{self.xds_port}", f"127.0.0.1:{admin_port}"
+        text = bootstrap.render(server, node_cluster=node_cluster, admin=admin, delta=self.delta, tls_sds=tls_sds)
+        path.write_text(edit(text))
+        envoy = Envoy(path, admin, self.scratch / f"envoy-{number}.log")
+        await self._stack.enter_async_context(envoy)
+        await envoy.ready(BOUND)
+        return envoy
 
     async def start_picker(self, *options: str) -> None:
         self.picker = await self._start_process(

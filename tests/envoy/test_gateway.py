@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 import structlog
 
+from bench.envoy import Envoy, free_port
 from tests.envoy.conftest import Gateway
 from xds.control import Control
 from xds.metrics import Metrics
@@ -257,6 +258,47 @@ async def test_envoy_on_the_services_for_one_type(gateway: Gateway, session: aio
         "pod-1",
         "pod-2",
     }
+
+
+EDGE = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: edge, annotations: {{vllm-xds/nodes: {nodes}}}}}
+spec: {{gatewayClassName: envoy, listeners: [{{name: http, protocol: HTTP, port: {port}}}]}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: edge}}
+spec:
+  parentRefs: [{{name: edge}}]
+  rules: [{{backendRefs: [{{name: qwen, port: 8000}}]}}]
+"""
+
+
+async def test_envoys_of_two_groups(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """A Gateway for the Envoys of one node.cluster is served by them alone; moved to others, it leaves them. A Gateway
+    without the annotation is served by all."""
+    common, edge_port = {gateway.plain_port, gateway.llm_port}, free_port()
+    (gateway.config / "edge.yaml").write_text(EDGE.format(port=edge_port, nodes="edge"))
+    await gateway.until(lambda control: control.topology.groups == ("edge",))
+    edge = await gateway.another_envoy(free_port(), "edge")
+    await gateway.settled(clients=2)
+    assert await _ports(gateway.envoy) == common
+    assert await _ports(edge) == common | {edge_port}
+    assert (await gateway.ask(session, edge_port, "hello"))[0] == 200
+
+    (gateway.config / "edge.yaml").write_text(EDGE.format(port=edge_port, nodes="vllm-xds"))
+    await gateway.until(lambda control: control.topology.groups == ("vllm-xds",))
+    await gateway.settled(clients=2)
+    assert await _ports(gateway.envoy) == common | {edge_port}
+    assert await _ports(edge) == common
+
+
+async def _ports(envoy: Envoy) -> set[int]:
+    """Of the listeners that are active: one that drains is not."""
+    dump = await envoy.get("/config_dump?resource=dynamic_listeners")
+    active = [each["active_state"]["listener"] for each in dump["configs"] if "active_state" in each]
+    return {each["address"]["socket_address"]["port_value"] for each in active}
 
 
 async def test_running_answer_survives_changes(gateway: Gateway, session: aiohttp.ClientSession) -> None:

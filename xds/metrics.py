@@ -21,6 +21,12 @@ class Metrics:
         # configuration
         self.objects = Gauge("vllm_xds_objects", "Accepted objects.", ["kind"], registry=r)
         self.rejections = Gauge("vllm_xds_rejections", "Current rejections.", ["level", "reason"], registry=r)
+        self.refused = Gauge(
+            "vllm_xds_objects_refused",
+            "Objects that an Envoy refuses, though all checks passed.",
+            ["object"],
+            registry=r,
+        )
         self.loads = Counter(
             "vllm_xds_config_loads",
             "Times the configuration was read: ok, or rejected in part.",

@@ -424,7 +424,7 @@ class Endpoint:
 class Cluster:
     """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
 
-    `strategy` is None for a Service. `endpoints` are sorted.
+    `ref` is that pool or Service, `strategy` None for a Service. `endpoints` are sorted.
     """
 
     name: str
@@ -433,6 +433,7 @@ class Cluster:
     http2: bool = False
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
+    ref: ObjectRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,12 +478,14 @@ class VirtualHost:
 class PortListener:
     """One TCP port of the Envoys of a group, whatever number of Gateway listeners share it.
 
-    `group` "" are the Envoys that no Gateway names. Virtual hosts are sorted by hostname.
+    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. Virtual hosts are sorted by
+    hostname.
     """
 
     port: int
     virtual_hosts: tuple[VirtualHost, ...]
     group: str = ""
+    gateways: tuple[ObjectRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

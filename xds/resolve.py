@@ -103,7 +103,9 @@ def _ports(
         for each in _attach(route, listeners, ports, config, rejections):
             attached[each.listener.port].append(each)
     for port in sorted(ports):
-        yield PortListener(port, tuple(_virtual_hosts(ports[port], attached[port], actions)), group)
+        hosts = _virtual_hosts(ports[port], attached[port], actions)
+        owners = {gateway.meta.ref: None for gateway, listener in listeners if listener.port == port}
+        yield PortListener(port, tuple(hosts), group, tuple(owners))
 
 
 def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:

@@ -134,6 +134,7 @@ class ManagementServer:
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
+        self._tell: Callable[[str, str, str, str], None] = lambda *_: None
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
@@ -160,6 +161,10 @@ class ManagementServer:
         await server.start()
         self._server = server
         return ports
+
+    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
+        """Have every client's answer about a resource told: type_url, name, version, and "" or why it is refused."""
+        self._tell = tell
 
     def publish(self, snapshot: Snapshot) -> None:
         """Make this the snapshot every client is brought to, or its group's view of it; returns at once."""
@@ -304,10 +309,15 @@ class ManagementServer:
                 type=name,
                 version=refusal.version,
                 nonce=refusal.nonce,
-                resources=len(refusal.names),
-                names=refusal.names[:MAX_LOGGED_NAMES],
+                resources=len(refusal.resources),
+                names=tuple(refusal.resources)[:MAX_LOGGED_NAMES],
                 message=refusal.message,
             )
+            if len(refusal.resources) == 1:  # of several it is not known yet which one is bad: xds/subscription.py
+                for resource, version in refusal.resources.items():
+                    self._tell(received.type_url, resource, version, refusal.message or "no reason given")
+        for resource, version in received.accepted.items():
+            self._tell(received.type_url, resource, version, "")
 
     def _count(self, client: _Client, response: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse) -> None:
         name, size = label(response.type_url), sum(map(len, response.resources))

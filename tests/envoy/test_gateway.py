@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -14,7 +15,7 @@ from bench.envoy import Envoy, free_port
 from tests.envoy.conftest import Gateway
 from xds.control import Control
 from xds.metrics import Metrics
-from xds.model import Strategy
+from xds.model import HTTPRoute, MatchType, PathMatch, RouteMatch, Strategy
 
 pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
 
@@ -258,6 +259,57 @@ async def test_envoy_on_the_services_for_one_type(gateway: Gateway, session: aio
         "pod-1",
         "pod-2",
     }
+
+
+async def test_a_route_that_envoy_refuses(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """A rule of Envoy that no check of ours knows: a route breaks it, past the parser. Envoy's refusal is turned into a
+    rejection of that HTTPRoute, the port's other routes follow further changes, and a new Envoy gets them all."""
+
+    def routes(*paths: str) -> tuple[HTTPRoute, ...]:
+        (plain,) = [each for each in config.http_routes if each.meta.ref.name == "plain"]
+        return tuple(
+            replace(
+                plain,
+                meta=replace(plain.meta, ref=replace(plain.meta.ref, name=f"extra-{i}")),
+                rules=(replace(plain.rules[0], matches=(RouteMatch(PathMatch(MatchType.REGEX, path)),)),),
+            )
+            for i, path in enumerate(paths)
+        )
+
+    config = gateway.control.config
+
+    async def serve(*extra: HTTPRoute) -> None:
+        await gateway.control.configure(replace(config, http_routes=(*extra, *config.http_routes)))
+
+    await serve(*routes("/a", "/b("))
+    await gateway.until(lambda control: bool(control.rejections))
+    (rejection,) = gateway.control.rejections
+    assert (rejection.reason, rejection.ref and rejection.ref.name) == ("RefusedByEnvoy", "extra-1")
+    assert "missing ): /b(" in rejection.message
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a", "/"]
+
+    await serve(*routes("/a2", "/b(", "/c"))
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/c", "/"]
+    await gateway.envoy.stop()
+    await gateway.start_envoy()
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/c", "/"]
+    assert (await gateway.ask(session, gateway.plain_port, "hello"))[0] == 200
+    assert list(gateway.control.rejections) == [rejection]
+
+    await serve(*routes("/a2", "/b", "/c"))
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/b", "/c", "/"]
+    assert not gateway.control.rejections
+
+
+async def _paths(envoy: Envoy, port: int) -> list[str]:
+    """The paths of a port's routes, as Envoy has them."""
+    dump = await envoy.get("/config_dump?resource=dynamic_route_configs")
+    (found,) = [each["route_config"] for each in dump["configs"] if each["route_config"]["name"] == f"http-{port}"]
+    matches = [route["match"] for host in found["virtual_hosts"] for route in host["routes"]]
+    return [match.get("prefix") or match["safe_regex"]["regex"] for match in matches]
 
 
 EDGE = """\

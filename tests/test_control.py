@@ -107,6 +107,33 @@ QUEUED = Load(running=20, waiting=60, kv_usage=0.5, kv_tokens=1000)
 IDLE = Load(running=20, waiting=0, kv_usage=0.5, kv_tokens=1000)
 
 
+# --- what Envoys report ---
+
+
+async def test_loads_follow_what_is_in_flight(world: World) -> None:
+    """Between two rounds of weights the loads are sent again with what Envoys have under way; nothing else changes."""
+    await world.control.configure(objects(A, B))
+    await world.follow(1, a=IDLE, b=IDLE)
+    before = world.recorder.last
+    world.control.in_flight.report("envoy", {POOL: {f"{A.ip}:8000": 40}}, world.now)
+    world.now += 0.5
+    await world.control.refresh_loads()
+    (load,) = pool_loads(world.recorder.last).values()
+    assert load.in_flight.age == pytest.approx(0.5)
+    assert {each.hash_key: (each.in_flight, each.running) for each in load.endpoints} == {
+        "default/a": (40, 20),
+        "default/b": (0, 20),
+    }
+    assert world.value("vllm_xds_endpoint_in_flight", pool=POOL, endpoint="default/a") == 40
+    assert {t for t in types.TYPES if world.recorder.last.versions[t] != before.versions[t]} == {types.POOL_LOAD}
+
+
+async def test_before_a_configuration_there_is_nothing_to_refresh(world: World) -> None:
+    """Reports that come first change nothing."""
+    await world.control.refresh_loads()
+    assert world.recorder.published == []
+
+
 # --- what Envoys refuse ---
 
 

@@ -117,8 +117,8 @@ async def test_the_snapshot(running: Running) -> None:
                 for name, each in snapshot.resources[type_url].items()
             ],
         }
-    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None}
-    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426}
+    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None, "in_flight": None}
+    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426, "in_flight": None}
     (about,) = page["pools"]
     assert (about["name"], about["strategy"]) == (POOL, "DEFAULT")
     assert about["endpoints"] == [

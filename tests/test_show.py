@@ -65,6 +65,7 @@ async def test_a_server_that_has_read_nothing_is_not_ready(running: Running) -> 
 async def test_the_summary(running: Running) -> None:
     """Aligned, without decoration: ports, pools with weight and load, clients, rejections; all is well, so 0."""
     await served(running)
+    running.control.in_flight.report("envoy-1", {"pool/default/llm": {"10.0.0.1:8000": 17}}, running.now)
     client = await running.client(SotwPeer("envoy-1"), CLUSTER, LISTENER)
     code, lines = await status(running.status)
     (view,) = running.server.clients()
@@ -74,10 +75,10 @@ async def test_the_summary(running: Running) -> None:
         "1 error and 1 warning in the configuration",
         "",
         "pool/default/llm, DEFAULT, 3 endpoints",
-        "  endpoint   address          weight  running  waiting  kv usage         age",
-        "  default/a  10.0.0.1:8000       100       12        3       43%       1.5 s",
-        "  default/b  10.0.0.2:8000       100        -        -         -  never read",
-        "  default/c  10.0.0.3:8000  draining        -        -         -  never read",
+        "  endpoint   address          weight  in flight  running  waiting  kv usage         age",
+        "  default/a  10.0.0.1:8000       100         17       12        3       43%       1.5 s",
+        "  default/b  10.0.0.2:8000       100          0        -        -         -  never read",
+        "  default/c  10.0.0.3:8000  draining          0        -        -         -  never read",
         "",
         "clients",
         f"  node     cluster  group  variant  {'peer':{len(view.peer)}}  state    not accepted yet",

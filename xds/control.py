@@ -2,6 +2,7 @@
 
     configs -> resolve -> translate -> publish          when an object changes
     readings -> weigh -> reweigh, pool loads -> publish  each scrape interval
+    in flight -> pool loads -> publish                  each second, where Envoys report it
     answers -> quarantine -> resolve -> ...             when an Envoy refuses what no check of ours found
 
 What an operator watches is logged here: what is served, what is not and why, and every change of a weight.
@@ -19,6 +20,8 @@ from itertools import chain
 import structlog
 
 from xds.envoy import Options
+from xds.in_flight import INTERVAL as IN_FLIGHT_INTERVAL
+from xds.in_flight import InFlight
 from xds.loads import pool_load
 from xds.metrics import EndpointCollector, EndpointState, Metrics
 from xds.model import Cluster, Config, Endpoint, Level, Rejection, Topology, authority
@@ -50,6 +53,7 @@ class Control:
         interval: float,
         options: Options,
         controller_names: tuple[str, ...] = CONTROLLER_NAMES,
+        in_flight: InFlight | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.server = server
@@ -58,6 +62,7 @@ class Control:
         self.interval = interval
         self.options = options
         self.controller_names = controller_names
+        self.in_flight = in_flight or InFlight()
         self.clock = clock
 
         self.topology = Topology()
@@ -80,6 +85,7 @@ class Control:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.scraper.run(), name="scrape")
             group.create_task(self._follow_loads(), name="weights")
+            group.create_task(self._follow_reports(), name="in flight")
             group.create_task(self._follow_answers(), name="quarantine")
             async for config in configs:
                 await self.configure(config)
@@ -88,6 +94,12 @@ class Control:
         while True:
             await asyncio.sleep(self.interval)
             await self.follow(self.scraper.readings())
+
+    async def _follow_reports(self) -> None:
+        while True:
+            await asyncio.sleep(IN_FLIGHT_INTERVAL)
+            if self.in_flight.is_reported(self.clock()):
+                await self.refresh_loads()
 
     async def _follow_answers(self) -> None:
         while True:
@@ -149,6 +161,21 @@ class Control:
             snapshot = with_loads(self._made, self.loads)
             self._publish(reweigh(snapshot, changed, self._weights()) if changed else snapshot)
 
+    async def refresh_loads(self) -> None:
+        """Pool loads with what is in flight now, between two rounds of weights."""
+        async with self._turn:
+            if self.snapshot is None:
+                return
+            self.round += 1
+            for cluster in self.topology.clusters:
+                if cluster.name in self.pools:
+                    self.loads[cluster.name] = self._load(cluster)
+            self._publish(with_loads(self._made, self.loads))
+
+    def _load(self, cluster: Cluster) -> bytes:
+        now = self.clock()
+        return pool_load(cluster, self.pools[cluster.name], now, self.round, self.in_flight.of(cluster.name, now))
+
     def _weigh(self, clusters: Iterable[Cluster], readings: Mapping[str, Reading]) -> list[Cluster]:
         """One round for these pools; returns those with a weight that changed."""
         self.round += 1
@@ -158,7 +185,7 @@ class Control:
             samples = [_sample(endpoint, readings) for endpoint in cluster.endpoints]
             pool, changes = weigh(self.pools.get(cluster.name, Pool(cluster.name)), samples, now, self.interval)
             self.pools[cluster.name] = pool
-            self.loads[cluster.name] = pool_load(cluster, pool, now, self.round)
+            self.loads[cluster.name] = self._load(cluster)
             if changes:
                 changed.append(cluster)
                 _log_weights(changes)
@@ -175,9 +202,15 @@ class Control:
     def states(self) -> Iterable[EndpointState]:
         """What /metrics says of each pool's endpoints."""
         now = self.clock()
-        for name, pool in list(self.pools.items()):
-            for key, member in pool.members.items():
-                yield EndpointState(name, key, member.weight, member.age(now), member.load)
+        for cluster in self.topology.clusters:
+            reported = self.in_flight.of(cluster.name, now)
+            members = self.pools[cluster.name].members if cluster.name in self.pools else {}
+            for endpoint in cluster.endpoints:
+                if member := members.get(endpoint.hash_key):
+                    requests = reported.to(endpoint.address, endpoint.port) if reported else None
+                    yield EndpointState(
+                        cluster.name, endpoint.hash_key, member.weight, member.age(now), member.load, requests
+                    )
 
     def _publish(self, made: Snapshot) -> None:
         snapshot = self.quarantine.fall_back(made)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -139,8 +139,12 @@ class ManagementServer:
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, addresses: Sequence[str], tls: TlsFiles | None = None) -> list[int]:
+    async def start(
+        self, addresses: Sequence[str], tls: TlsFiles | None = None, beside: Iterable[grpc.GenericRpcHandler] = ()
+    ) -> list[int]:
         """Listen on each `host:port` (port 0: any free one), with mutual TLS if there are files; return the ports.
+
+        `beside` are the handlers of other services that are to be had at the same addresses.
 
         RuntimeError: an address is not free. TlsError: the files can not be used.
         """
@@ -152,7 +156,7 @@ class ManagementServer:
                 delta: grpc.stream_stream_rpc_method_handler(partial(self._delta, only)),
             }
         server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(service, methods) for service, methods in services.items()]
+            [*(grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()), *beside]
         )
         if tls is None:
             ports = [server.add_insecure_port(address) for address in addresses]

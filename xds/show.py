@@ -31,7 +31,9 @@ MAX_TEXT = 200  # characters of one cell: Envoy quotes the whole resource in a r
 
 UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError)  # what reading JSON of another shape ends in
 
-NUMBERS = frozenset({"weight", "running", "waiting", "kv usage", "age"})  # columns that are aligned to the right
+NUMBERS = frozenset(
+    {"weight", "in flight", "running", "waiting", "kv usage", "age"}
+)  # columns that are aligned to the right
 STYLES = {"in sync": "green", "behind": "yellow", "refused": "red", "warning": "yellow", "error": "red"}
 
 
@@ -161,7 +163,7 @@ def _count(number: int, noun: str) -> str:
 
 def _tables(document: dict[str, Any]) -> Iterator[_Table]:
     """Only those with a row, but for pools: one without endpoints is worth knowing of."""
-    columns: tuple[str, ...] = ("endpoint", "address", "weight", "running", "waiting", "kv usage", "age")
+    columns: tuple[str, ...] = ("endpoint", "address", "weight", "in flight", "running", "waiting", "kv usage", "age")
     for pool in document["pools"]:
         rows = [_endpoint_row(endpoint) for endpoint in pool["endpoints"]]
         yield _Table(_clean(f"{pool['name']}, {pool['strategy']}, {_count(len(rows), 'endpoint')}"), columns, rows)
@@ -188,7 +190,8 @@ def _endpoint_row(endpoint: dict[str, Any]) -> tuple[str, ...]:
     if endpoint["age"] is not None:
         running, waiting, kv_usage, age = (endpoint[name] for name in ("running", "waiting", "kv_usage", "age"))
         load = (f"{running:g}", f"{waiting:g}", f"{kv_usage:.0%}", f"{age:.1f} s")
-    return _cells(endpoint["endpoint"], endpoint["address"], weight, *load)
+    in_flight = "-" if endpoint["in_flight"] is None else endpoint["in_flight"]
+    return _cells(endpoint["endpoint"], endpoint["address"], weight, in_flight, *load)
 
 
 def _client_row(client: dict[str, Any]) -> tuple[str, ...]:

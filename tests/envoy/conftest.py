@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.scrape import Scraper
 from xds.server import ManagementServer
@@ -130,6 +131,7 @@ class Gateway:
 
     async def start_server(self) -> None:
         self.server = ManagementServer(self.metrics)
+        reports = LoadReports(self.metrics)
         self.control = Control(
             self.server,
             Scraper(self.metrics, INTERVAL),
@@ -137,8 +139,9 @@ class Gateway:
             interval=INTERVAL,
             # A busy machine may stall for longer than the 0.2 s of real life; no test here hangs a picker.
             options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
+            in_flight=reports.in_flight,
         )
-        await self.server.start([f"127.0.0.1:{self.xds_port}"])
+        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
         self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
         self._stack.push_async_callback(self.stop_server)
 

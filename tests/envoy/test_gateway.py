@@ -16,6 +16,7 @@ from tests.envoy.conftest import Gateway
 from xds.control import Control
 from xds.metrics import Metrics
 from xds.model import HTTPRoute, MatchType, PathMatch, RouteMatch, Strategy
+from xds.wire.load_pb2 import PoolLoad
 
 pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
 
@@ -173,6 +174,30 @@ async def test_weights_reach_envoy(gateway: Gateway, session: aiohttp.ClientSess
     assert change["endpoint"] == "default/pod-0"
     assert change["reason"] == "queue"
     assert change["waiting"] > 1
+
+
+async def test_envoy_reports_what_no_page_shows_yet(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """Requests that a pod has accepted and not begun are in flight for the management server, and for the picker, while
+    the pod's own page has none of them; they are gone when they have been answered."""
+    pod = gateway.pods[0]
+    pod.engine.config = replace(pod.engine.config, speed=pod.engine.config.step_base / 4)  # a step takes 4 s
+    for other in gateway.pods[1:]:
+        (gateway.config / f"{other.name}.yaml").unlink()
+    await gateway.until(lambda control: _endpoints(control) == 1)
+    burst = [asyncio.create_task(gateway.ask(session, gateway.llm_port, f"burst {i}")) for i in range(20)]
+    await gateway.until(lambda control: _in_flight(control) == [20])
+    (state,) = gateway.control.states()
+    assert state.load is not None
+    assert (state.load.running, state.load.waiting) == (0, 0)
+    pod.engine.config = pod.config
+    assert {status for status, _, _ in await asyncio.gather(*burst)} == {200}
+    await gateway.until(lambda control: _in_flight(control) == [0])
+
+
+def _in_flight(control: Control) -> list[int]:
+    """Of each pod of the pool, as the picker is told."""
+    load = PoolLoad.FromString(control.loads["pool/default/pool"])
+    return [endpoint.in_flight for endpoint in load.endpoints] if load.HasField("in_flight") else []
 
 
 async def test_picker_killed_in_traffic(gateway: Gateway, session: aiohttp.ClientSession) -> None:

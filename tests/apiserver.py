@@ -7,7 +7,7 @@
 
 Lists with limit and continue, watches with bookmarks and a server-side timeout, discovery, create, update, delete,
 merge patch, server-side apply, the status subresource; refusals with the words of a real 1.36 server, from its raw
-HTTP. What it does not do (JSON patch, selectors but for metadata.name) is a 501 and never a wrong answer.
+HTTP. What it does not do (JSON patch, most selectors) is a 501 and never a wrong answer.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class FakeApiServer:
             revision, items = self._snapshots[token]
         else:
             revision = self.store.revision
-            items = _named(query, table.select(namespace))
+            items = _selected(query, table.select(namespace))
         page, left = (items[:limit], items[limit:]) if limit else (items, [])
         metadata: Object = {"resourceVersion": str(revision)}
         if left:
@@ -337,7 +337,9 @@ class FakeApiServer:
         watch = Watch(table, namespace, asked or self.store.revision)
         bookmarks = query.get("allowWatchBookmarks") in ("1", "true")
         if not asked:
-            lines = [_line("ADDED", s.body(table.resource, version)) for _, s in _named(query, table.select(namespace))]
+            lines = [
+                _line("ADDED", s.body(table.resource, version)) for _, s in _selected(query, table.select(namespace))
+            ]
             if bookmarks and "resourceVersion" not in query:
                 lines.append(self._bookmark(watch, version, INITIAL_EVENTS_END))
             await self._send(request, response, lines)
@@ -365,7 +367,7 @@ class FakeApiServer:
             if changes:
                 watch.revision = changes[-1].revision
             mine = [change for change in changes if watch.namespace in ("", change.key[0])]
-            wanted = dict(_named(request.query, [(change.key, change.stored) for change in mine]))
+            wanted = dict(_selected(request.query, [(change.key, change.stored) for change in mine]))
             lines = [_line(c.type, c.stored.body(table.resource, version)) for c in mine if c.key in wanted]
             if bookmarks and loop.time() >= bookmark_at:
                 bookmark_at = _next_bookmark(loop.time(), end, self.faults.bookmark_every)
@@ -470,13 +472,19 @@ def _revision(text: str) -> int:
     return int(text or 0)
 
 
-def _named(query: Any, items: list[tuple[Key, Stored]]) -> list[tuple[Key, Stored]]:
-    """Those that a fieldSelector on metadata.name selects; what else selects is not done here."""
-    selector = query.get("fieldSelector", "")
-    if query.get("labelSelector") or (selector and not selector.startswith("metadata.name=")):
-        raise ApiError(501, "NotImplemented", "the fake server does not do selectors")
-    name = selector.removeprefix("metadata.name=")
-    return [each for each in items if name in ("", each[0][1])]
+def _selected(query: Any, items: list[tuple[Key, Stored]]) -> list[tuple[Key, Stored]]:
+    """Those that a fieldSelector on metadata.name, or on a Secret's type, selects; others are not done here."""
+    name, _, value = query.get("fieldSelector", "").partition("=")
+    match name:
+        case _ if query.get("labelSelector"):
+            pass
+        case "":
+            return items
+        case "metadata.name":
+            return [each for each in items if each[0][1] == value]
+        case "type":
+            return [each for each in items if json.loads(b"{" + each[1].rest).get("type", "Opaque") == value]
+    raise ApiError(501, "NotImplemented", "the fake server does not do this selector")
 
 
 def _next_bookmark(now: float, end: float, every: float) -> float:

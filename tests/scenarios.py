@@ -1,5 +1,6 @@
 """The protocol's rules as scenarios: each is played by both variants, over the pure objects (tests/test_stream.py) and
-over gRPC (tests/test_server.py), and ends with "and nothing more is sent".
+over gRPC (tests/test_server.py), and ends with "and nothing more is sent". Those of OF_ONE_TYPE are also played on the
+service for that type alone (CDS, EDS, RDS).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, Snapshot
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, Snapshot
 
 
 class Link(ABC):
@@ -67,8 +68,8 @@ class Link(ABC):
 
 
 def snapshot(**revisions: Mapping[str, str]) -> Snapshot:
-    """Build a snapshot from `cds=`, `eds=`, `lds=`, `rds=`: name -> revision. A cluster refers to its endpoints."""
-    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE}
+    """A snapshot of `cds=`, `eds=`, `lds=`, `rds=`, `sds=`: name -> revision. A cluster refers to its endpoints."""
+    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE, "sds": SECRET}
     return Snapshot.of(
         {
             types[kind]: [
@@ -474,10 +475,22 @@ async def weights_wait_for_nothing(link: Link) -> None:
     await link.quiet()
 
 
+async def secrets_follow_their_content(link: Link) -> None:
+    """A secret is sent by name, again when it changes, and told to be gone where the variant can say so."""
+    await link.publish(snapshot(sds={"s": "1", "t": "1"}))
+    await link.send(link.peer.subscribe(SECRET, "s"))
+    await link.expect(SECRET, {"s": "1"})
+    await link.publish(snapshot(sds={"s": "2", "t": "2"}))
+    await link.expect(SECRET, {"s": "2"})
+    await link.publish(snapshot(sds={"t": "2"}))
+    await link.expect_removed(SECRET, "s")
+    await link.quiet()
+
+
 async def unknown_type_is_ignored(link: Link) -> None:
     """A type this server does not serve gets no answer and does no harm."""
     await link.publish(snapshot(cds={"a": "1"}))
-    await link.send(link.peer.subscribe("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "s"))
+    await link.send(link.peer.subscribe("type.googleapis.com/envoy.service.runtime.v3.Runtime", "s"))
     await link.quiet()
     await link.send(link.peer.subscribe(CLUSTER))
     await link.expect(CLUSTER, {"a": "1"})
@@ -512,6 +525,38 @@ SCENARIOS: tuple[Callable[[Link], Awaitable[None]], ...] = (
     refused_route_keeps_its_clusters,
     refused_route_taken_back,
     weights_wait_for_nothing,
+    secrets_follow_their_content,
     unknown_type_is_ignored,
+)
+
+
+async def type_is_implied(link: Link) -> None:
+    """On a service for one type a request need not name it, and another type gets no answer there."""
+    await link.publish(snapshot(cds={"a": "1"}, rds={"r": "1"}))
+    request = link.peer.subscribe(ROUTE, "r")
+    request.type_url = ""
+    await link.send(request)
+    await link.expect(ROUTE, {"r": "1"})
+    await link.send(link.peer.subscribe(CLUSTER))
+    await link.quiet()
+    link.peer.names.pop(CLUSTER)
+    await link.reconnect()
+    await link.expect(ROUTE, {} if link.delta else {"r": "1"})
+    await link.quiet()
+
+
+OF_ONE_TYPE: tuple[tuple[Callable[[Link], Awaitable[None]], str], ...] = (
+    (empty_world_is_answered, CLUSTER),
+    (wildcard_beside_names, CLUSTER),
+    (legacy_wildcard_ends_with_a_name, CLUSTER),
+    (unsubscribed_name_under_wildcard, CLUSTER),
+    (names_one_after_another, ENDPOINT),
+    (unsubscribed_names_are_silent, ENDPOINT),
+    (dropped_and_wanted_again_in_one_breath, ENDPOINT),
+    (secrets_follow_their_content, SECRET),
+    (stale_nonce, ENDPOINT),
+    (bad_one_among_good_ones, ENDPOINT),
+    (refused_at_start, CLUSTER),
+    (type_is_implied, ROUTE),
 )
 PEERS: tuple[type[SotwPeer | DeltaPeer], ...] = (SotwPeer, DeltaPeer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator, MutableMapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.apiserver import FakeApiServer
 from tests.apiserver_store import GATEWAY_API, MODEL_X, POLICY, POOL, ApiError, too_large
 from tests.following import eventually, following, pods
 from tests.goldens import ROOT
+from tests.tls_files import CERTS
 from xds import kube, reflector
 from xds.directory import DirectorySource
 from xds.model import Config, Namespace, Object
@@ -176,6 +178,30 @@ async def test_namespaces(api: FakeApiServer, kubeconfig: Path) -> None:
         assert follower.value("objects", resource="pods") == 3
         assert api.requests.count("list pods") == 2
         assert api.requests.count("list gatewayclasses") == 1
+
+
+async def test_of_secrets_only_certificates_are_read(api: FakeApiServer, kubeconfig: Path) -> None:
+    """Others are not even sent, and none at all where they may not be read; a renewed one is another Config."""
+
+    def secret(name: str, of: str, kind: str = "kubernetes.io/tls") -> dict[str, Any]:
+        files = {"tls.crt": f"{of}.pem", "tls.key": f"{of}.key"}
+        data = {key: b64encode((CERTS / file).read_bytes()).decode() for key, file in files.items()}
+        return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": kind, "data": data}
+
+    api.store.put(secret("tls", "first"))
+    api.store.put(secret("other", "first", "helm.sh/release.v1"))
+    api.forbidden.add(("list", "secrets"))
+    async with following(kubeconfig) as follower:
+        config = await follower.until(has())
+        assert config.secrets == ()
+        api.forbidden.clear()
+        config = await follower.until(lambda config: bool(config.secrets))
+        assert follower.value("objects", resource="secrets") == 1
+        assert config.rejections == ()
+        api.store.put(secret("other", "second", "helm.sh/release.v1"))
+        api.store.put(secret("tls", "second"))
+        await follower.until(lambda config: config.secrets[0].certificate == (CERTS / "second.pem").read_bytes())
+        assert follower.value("objects", resource="secrets") == 1
 
 
 # --- which resources there are ---

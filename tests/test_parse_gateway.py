@@ -98,7 +98,59 @@ def test_listeners() -> None:
     )
 
 
-@pytest.mark.parametrize("protocol", ["HTTPS", "TLS", "TCP", "UDP", "example.com/mine"])
+CERTIFICATE = {"name": "cert"}
+
+
+def _https(of_listener: Any, **spec: Any) -> Parsed:
+    """A Gateway with an HTTPS listener and an HTTP one behind it."""
+    listeners = [
+        {"name": "a", "port": 443, "protocol": "HTTPS", "hostname": "a.io", "tls": of_listener},
+        {"name": "b", "port": 80, "protocol": "HTTP"},
+    ]
+    return _parse(f"{GATEWAY}/v1", "Gateway", {"gatewayClassName": "c", "listeners": listeners, **spec})
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "Terminate"}])
+def test_https_listener(mode: dict[str, str]) -> None:
+    """Its certificates are Secrets, of the Gateway's namespace unless they name another."""
+    refs = [
+        CERTIFICATE,
+        {"group": "", "kind": "Secret", "name": "other", "namespace": "there"},
+        {"kind": "X", "name": "x"},
+    ]
+    parsed = _https({**mode, "certificateRefs": refs, "options": {"a.io/b": "c"}})
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    (first, _) = parsed.object.listeners
+    assert (first.protocol, first.hostname, first.field) == ("HTTPS", "a.io", "spec.listeners[0].tls.certificateRefs")
+    assert first.certificates == (
+        ObjectRef(CORE, "Secret", "default", "cert"),
+        ObjectRef(CORE, "Secret", "there", "other"),
+        ObjectRef(CORE, "X", "default", "x"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tls", "field", "spec"),
+    [
+        ({"mode": "Passthrough"}, "mode", {}),
+        ({}, "certificateRefs", {}),
+        ({"options": {"a.io/b": "c"}}, "certificateRefs", {}),
+        ({"certificateRefs": [CERTIFICATE], "frontendValidation": {}}, "frontendValidation", {}),
+        ({"certificateRefs": [CERTIFICATE]}, "frontendValidation", {"tls": {"frontend": {"default": {}}}}),
+    ],
+)
+def test_tls_that_is_not_served_costs_its_listener(tls: Any, field: str, spec: Any) -> None:
+    """Passthrough, no certificate, and above all a listener that would let in clients without a certificate."""
+    parsed = _https(tls, **spec)
+    assert isinstance(parsed.object, Gateway)
+    assert [each.name for each in parsed.object.listeners] == ["b"]
+    rejection = next(each for each in parsed.rejections if each.level is Level.ERROR)
+    assert rejection.field == f"spec.listeners[0].tls.{field}"
+    assert "listener a is not served" in rejection.message
+
+
+@pytest.mark.parametrize("protocol", ["TLS", "TCP", "UDP", "example.com/mine"])
 def test_unsupported_protocol_costs_its_listener_only(protocol: str) -> None:
     """The other listeners of the Gateway are served, and the lost one is named."""
     parsed = _gateway(
@@ -146,6 +198,31 @@ def test_bad_listener_rejects_the_gateway(listener: Any, field: str) -> None:
     """A listener its CRD would refuse rejects the Gateway, as an API server would; so does a repeated one."""
     first = {"name": "first", "port": 80, "protocol": "HTTP"} | listener
     _assert_invalid(_gateway(first, {"name": "second", "port": 81, "protocol": "HTTP"}), field)
+
+
+NODES = "vllm-xds/nodes"
+
+
+def _for_nodes(text: str) -> Parsed:
+    metadata = {"name": "x", "annotations": {NODES: text}}
+    spec = {"gatewayClassName": "c", "listeners": [{"name": "a", "port": 80, "protocol": "HTTP"}]}
+    return parse({"apiVersion": f"{GATEWAY}/v1", "kind": "Gateway", "metadata": metadata, "spec": spec})
+
+
+def test_groups_of_a_gateway() -> None:
+    """The annotation names the Envoys a Gateway is for, in any order and spacing; without it, it is for all."""
+    parsed = _for_nodes(" edge, envoy-7.ns:1/a ,edge")
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    assert parsed.object.groups == ("edge", "envoy-7.ns:1/a")
+    assert isinstance(without := _gateway({"name": "a", "port": 80, "protocol": "HTTP"}).object, Gateway)
+    assert without.groups == ()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a,,b", "a b", "a,é", "-a", "a" * 254, ",".join(map(str, range(17)))])
+def test_bad_groups_reject_the_gateway(text: str) -> None:
+    """Served without them it would be served by every Envoy, which its author did not want."""
+    _assert_invalid(_for_nodes(text), f"metadata.annotations[{NODES}]")
 
 
 def test_number_of_listeners() -> None:

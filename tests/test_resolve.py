@@ -26,6 +26,7 @@ from tests.objects import (
     ref,
     route,
     rule,
+    secret,
     service,
 )
 from xds.model import (
@@ -79,6 +80,152 @@ def reasons(topology: Topology) -> list[str]:
 def only_route(topology: Topology) -> Route:
     (found,) = [r for li in topology.listeners for host in li.virtual_hosts for r in host.routes]
     return found
+
+
+# --- HTTPS ---
+
+
+def chains(topology: Topology, port: int = 443) -> dict[str, dict[str, list[str]]]:
+    """Server name -> hostname -> the names of its routes, of a port of HTTPS."""
+    (found,) = [li for li in topology.listeners if li.port == port]
+    assert found.virtual_hosts == ()
+    return {
+        c.hostname: {host.hostname: [r.name for r in host.routes] for host in c.virtual_hosts} for c in found.chains
+    }
+
+
+def test_https_has_a_chain_for_each_listener() -> None:
+    """By server name, each with its own routes alone; what belongs to another of them is misdirected there. Its Secrets
+    are those of the Topology, each once."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", ["one"]),
+            listener("b", 443, "*.io", ["one", "two"]),
+            listener("c", 443, certificates=["two"]),
+            listener("d", 80),
+        ),
+        *(secret(name) for name in ("one", "two", "unused")),
+        route(rule(), hostnames=["a.io", "b.io", "c.com"]),
+    )
+    name = "default/route/0/0"
+    assert chains(topology) == {
+        "*": {"*.io": ["misdirected"], "a.io": ["misdirected"], "c.com": [name]},
+        "*.io": {"*.io": [], "a.io": ["misdirected"], "b.io": [name]},
+        "a.io": {"a.io": [name]},
+    }
+    assert [each.meta.ref.name for each in topology.secrets] == ["one", "two"]
+    assert topology.rejections == ()
+    (https,) = [li for li in topology.listeners if li.port == 443]
+    assert [[ref.name for ref in chain.certificates] for chain in https.chains] == [["two"], ["one", "two"], ["one"]]
+
+
+@pytest.mark.parametrize(
+    ("certificate", "reason"),
+    [
+        ("missing", "InvalidCertificateRef"),
+        ("there/cert", "RefNotPermitted"),
+    ],
+)
+def test_a_listener_without_a_certificate_is_not_served(certificate: str, reason: str) -> None:
+    """The Gateway is told which reference it is, and its other listeners are served, as is one with a good one left."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", [certificate]), listener("b", 443, "b.io", [certificate, "cert"]), listener()
+        ),
+        secret(),
+        secret(namespace="there"),
+        route(rule(), hostnames=["a.io", "b.io"]),
+    )
+    assert chains(topology) == {"b.io": {"b.io": ["default/route/0/0"]}}
+    assert [li.port for li in topology.listeners] == [443, 8080]
+    assert [(r.reason, r.field) for r in topology.rejections] == [(reason, "spec.listeners[0].tls.certificateRefs[0]")]
+
+
+def test_a_certificate_of_another_namespace_needs_a_grant() -> None:
+    """One for Gateways, not for HTTPRoutes."""
+    objects = gateway(listener("a", 443, certificates=["there/cert"])), secret(namespace="there")
+    for source, ports in (("HTTPRoute", []), ("Gateway", [443])):
+        topology = served(*objects, grant("default", "there", "Secret", "cert", source=source))
+        assert [li.port for li in topology.listeners] == ports
+        assert reasons(topology) == ([] if ports else ["RefNotPermitted"])
+
+
+def test_what_is_no_secret_is_no_certificate() -> None:
+    """A reference of another kind is named as such."""
+    https = listener("a", 443, certificates=["cert"])
+    other = replace(https, certificates=(ref("Service", "cert"),))
+    topology = served(gateway(other), secret())
+    assert topology.listeners == ()
+    assert reasons(topology) == ["InvalidCertificateRef"]
+
+
+def test_a_port_has_one_protocol() -> None:
+    """The older Gateway's; the other's listener is left out, with ProtocolConflict."""
+    topology = served(
+        gateway(listener(port=443), name="old", created="2026-01-01T00:00:00Z"),
+        gateway(listener("a", 443, "a.io", ["cert"]), listener("b", 444, certificates=["cert"]), name="new"),
+        secret(),
+    )
+    assert [(li.port, bool(li.chains)) for li in topology.listeners] == [(443, False), (444, True)]
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [("new", "ProtocolConflict")]
+
+
+# --- groups of Envoys ---
+
+
+def of_groups(topology: Topology) -> dict[str, dict[int, list[str]]]:
+    """Group -> port -> the names of its routes."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for li in topology.listeners:
+        found.setdefault(li.group, {})[li.port] = [r.name for host in li.virtual_hosts for r in host.routes]
+    return found
+
+
+def test_a_gateway_is_for_the_envoys_it_names() -> None:
+    """Each group has the Gateways that name it and those that name nobody; the same port is no conflict between groups.
+    Routes follow their Gateways, and clusters are shared."""
+    topology = served(
+        gateway(name="all"),
+        gateway(listener(port=81), name="edge", groups=["edge"]),
+        gateway(listener(port=81), name="inner", groups=["inner", "spare"]),
+        route(rule(), name="a", parents=[parent("all"), parent("edge")]),
+        route(rule(), name="b", parents=[parent("inner")]),
+    )
+    a, b = "default/a/0/0", "default/b/0/0"
+    assert topology.groups == ("edge", "inner", "spare")
+    assert of_groups(topology) == {
+        "": {8080: [a]},
+        "edge": {81: [a], 8080: [a]},
+        "inner": {81: [b], 8080: [a]},
+        "spare": {81: [b], 8080: [a]},
+    }
+    assert [c.name for c in topology.clusters] == [CLUSTER]
+    assert topology.rejections == ()
+
+
+def test_a_conflict_within_a_group_is_said_once() -> None:
+    """Two Gateways for one port conflict where one Envoy has both, and nowhere else."""
+    topology = served(
+        gateway(name="all", created="2026-01-01T00:00:00Z"),
+        gateway(name="edge", groups=["edge", "inner"]),
+        gateway(name="other", groups=["other"], created="2025-01-01T00:00:00Z"),
+    )
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [
+        ("edge", "HostnameConflict"),
+        ("all", "HostnameConflict"),
+    ]
+    assert of_groups(topology) == {group: {8080: []} for group in ("", "edge", "inner", "other")}
+
+
+def test_the_number_of_groups_is_bounded() -> None:
+    """The first hundred names are served; a Gateway beyond them is told so, and its other names are served."""
+    names = [f"g{i:03}" for i in range(101)]
+    topology = served(gateway(groups=names[:60]), gateway(listener(port=81), name="more", groups=names[59:]))
+    assert topology.groups == tuple(names[:100])
+    (rejection,) = topology.rejections
+    assert (rejection.ref and rejection.ref.name, rejection.reason) == ("more", "TooManyGroups")
+    assert "g100" in rejection.message
+    assert of_groups(topology)["g099"] == {81: []}
 
 
 # --- Gateways ---

@@ -34,6 +34,7 @@ from xds.model import (
     Pod,
     ReferenceGrant,
     Rejection,
+    Secret,
     Service,
 )
 from xds.parse import Parsed
@@ -172,6 +173,7 @@ def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
         endpoint_slices=of(EndpointSlice),
         pods=of(Pod),
         namespaces=of(Namespace),
+        secrets=of(Secret),
         pools=of(InferencePool),
         models=models,
         rejections=tuple(sorted([*rejections, *conflicts], key=_order)),

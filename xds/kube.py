@@ -26,6 +26,7 @@ from xds.kube_client import Client
 from xds.metrics import Metrics, ResourceCollector, ResourceState
 from xds.model import CORE, ENVOY_GATEWAY, Config, ObjectRef
 from xds.parse import KINDS, parse
+from xds.parse_core import TLS_TYPE
 from xds.reflector import NOTHING, Changes, List, Reflector, Wait, Watch
 
 PAGE = 250  # objects a page: to read that many pods takes 35 ms, in which no stream is answered
@@ -36,6 +37,9 @@ LOOK_AGAIN = 1.0  # seconds at least between two looks, when a resource was not 
 LOOK_TIMEOUT = 10.0  # seconds for one answer of discovery
 HOLD_OFF = 0.1  # seconds of quiet before a Config: a rollout is a burst of pod events
 MAX_HOLD_OFF = 0.5  # seconds: how long a burst without an end may keep a pod's deletion from Envoy
+
+# Of Secrets those that are read: others may be a megabyte each (Helm's), and are nobody's business here.
+SELECTED = {(CORE, "Secret"): f"type={TLS_TYPE}"}
 
 log = structlog.get_logger()
 
@@ -78,8 +82,10 @@ class KubernetesSource:
         self.index = LiveIndex()
         self._metrics = metrics
         self._clock = clock
-        # Another product's kind, and one whose list shows all namespaces where only some may be read.
-        optional = [(ENVOY_GATEWAY, "BackendTrafficPolicy"), *([(CORE, "Namespace")] if namespaces else [])]
+        # Another product's kind; what only HTTPS listeners need, and not everybody is shown; and one whose list shows
+        # every namespace, where only some are to be read.
+        optional = [(ENVOY_GATEWAY, "BackendTrafficPolicy"), (CORE, "Secret")]
+        optional += [(CORE, "Namespace")] if namespaces else []
         self._versions = {kind: versions for kind, (versions, _) in KINDS.items()}
         self._followers = [
             _Follower(kind, namespace, Reflector(jitter, clock()), kind in optional)
@@ -230,7 +236,7 @@ class KubernetesSource:
         assert served is not None  # noqa: S101 - a reflector without a path waits
         if not step.token:
             self._metrics.lists.labels(served.name, step.reason).inc()
-        query = {"limit": PAGE} | ({"continue": step.token} if step.token else {})
+        query = {"limit": PAGE} | ({"continue": step.token} if step.token else {}) | _selection(follower)
         answer = await self.client.get(reflector.path, query, LIST)
         page = answer if isinstance(answer, Failure) else read_page(answer, served)
         if isinstance(page, Failure):
@@ -251,7 +257,7 @@ class KubernetesSource:
             "allowWatchBookmarks": "true",
             "resourceVersion": step.version,
             "timeoutSeconds": step.seconds,
-        }
+        } | _selection(follower)
         async with aclosing(self.client.lines(reflector.path, query, step.seconds + SLACK)) as lines:
             async for line in lines:
                 event = line if isinstance(line, Failure) else read_event(line, served)
@@ -311,6 +317,11 @@ async def _next(event: asyncio.Event, running: asyncio.Task[None]) -> None:
     event.clear()
     if running.done():
         running.result()
+
+
+def _selection(follower: _Follower) -> dict[str, str]:
+    """The part of a query that leaves out what is not read."""
+    return {"fieldSelector": SELECTED[follower.kind]} if follower.kind in SELECTED else {}
 
 
 def _is_settled(follower: _Follower) -> bool:

@@ -102,20 +102,28 @@ class AllowedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """`hostname` is "" for any, else lower case, possibly `*.example.com`. Only protocol HTTP is accepted."""
+    """`hostname` is "" for any, else lower case, possibly `*.example.com`; `protocol` is HTTP or HTTPS.
+
+    `certificates` are Secrets, and `field` the path of their list in the Gateway.
+    """
 
     name: str
     port: int
     protocol: str
     hostname: str = ""
     allowed: AllowedRoutes = AllowedRoutes()
+    certificates: tuple[ObjectRef, ...] = ()
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
+    """`groups` are the Envoys it is for, by node.cluster or node.id; empty = all of them."""
+
     meta: Meta
     class_name: str
     listeners: tuple[Listener, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +266,15 @@ class BackendTrafficPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Secret:
+    """One of type kubernetes.io/tls: a certificate (chain) and its key, both PEM, known to belong together."""
+
+    meta: Meta
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ServicePort:
     """`target` is a number, or the name of a container port."""
 
@@ -364,6 +381,7 @@ Object = (
     | EndpointSlice
     | Pod
     | Namespace
+    | Secret
     | InferencePool
     | InferenceModel
 )
@@ -382,6 +400,7 @@ class Config:
     endpoint_slices: tuple[EndpointSlice, ...] = ()
     pods: tuple[Pod, ...] = ()
     namespaces: tuple[Namespace, ...] = ()
+    secrets: tuple[Secret, ...] = ()
     pools: tuple[InferencePool, ...] = ()
     models: tuple[InferenceModel, ...] = ()
     rejections: tuple[Rejection, ...] = ()
@@ -399,6 +418,7 @@ class Config:
             *self.endpoint_slices,
             *self.pods,
             *self.namespaces,
+            *self.secrets,
             *self.pools,
             *self.models,
         )
@@ -431,7 +451,7 @@ class Endpoint:
 class Cluster:
     """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
 
-    `strategy` is None for a Service. `endpoints` are sorted.
+    `ref` is that pool or Service, `strategy` None for a Service. `endpoints` are sorted.
     """
 
     name: str
@@ -440,6 +460,7 @@ class Cluster:
     http2: bool = False
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
+    ref: ObjectRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,20 +502,49 @@ class VirtualHost:
 
 
 @dataclass(frozen=True, slots=True)
-class PortListener:
-    """One TCP port of Envoy, whatever number of Gateway listeners share it; virtual hosts sorted by hostname."""
+class TlsChain:
+    """What a TLS port serves to clients that ask for one name: `hostname` as in VirtualHost, "*" for all other names.
 
-    port: int
+    `certificates` are Secrets of the Topology.
+    """
+
+    hostname: str
+    certificates: tuple[ObjectRef, ...]
     virtual_hosts: tuple[VirtualHost, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class PortListener:
+    """One TCP port of the Envoys of a group, whatever number of Gateway listeners share it.
+
+    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. HTTP has virtual hosts, HTTPS
+    has chains with their own; both are sorted by hostname.
+    """
+
+    port: int
+    virtual_hosts: tuple[VirtualHost, ...] = ()
+    group: str = ""
+    gateways: tuple[ObjectRef, ...] = ()
+    chains: tuple[TlsChain, ...] = ()
+
+    @property
+    def all_virtual_hosts(self) -> tuple[VirtualHost, ...]:
+        """Those of all its chains too."""
+        return (*self.virtual_hosts, *(host for chain in self.chains for host in chain.virtual_hosts))
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything to be served, sorted: equal Configs give equal Topologies."""
+    """Everything to be served, sorted: equal Configs give equal Topologies.
+
+    `groups` are the groups of Envoys that Gateways name; each has all ports that are for it, whoever else has them too.
+    """
 
     listeners: tuple[PortListener, ...] = ()
     clusters: tuple[Cluster, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    groups: tuple[str, ...] = ()
+    secrets: tuple[Secret, ...] = ()
 
 
 # --- loads and weights ------------------------------------------------------------------------------------------------

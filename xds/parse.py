@@ -27,7 +27,7 @@ from xds.model import (
     ObjectRef,
     Rejection,
 )
-from xds.parse_core import read_endpoint_slice, read_namespace, read_pod, read_service
+from xds.parse_core import read_endpoint_slice, read_namespace, read_pod, read_secret, read_service
 from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_grant, read_traffic_policy
 from xds.parse_inference import read_model, read_pool, read_pool_x
 from xds.parse_route import read_http_route
@@ -78,6 +78,7 @@ _KINDS = {
     (CORE, "Service"): _Kind(("v1",), read_service, strict=False),
     (CORE, "Pod"): _Kind(("v1",), read_pod, strict=False),
     (CORE, "Namespace"): _Kind(("v1",), read_namespace, namespaced=False, strict=False),
+    (CORE, "Secret"): _Kind(("v1",), read_secret, strict=False),
     (DISCOVERY, "EndpointSlice"): _Kind(("v1",), read_endpoint_slice, strict=False),
 }
 # What a source has to read: group and kind -> its versions, the newest first, and whether it is namespaced.

@@ -22,6 +22,7 @@ from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
 from xds.kube import KubernetesSource
 from xds.kube_client import KubeError, connect
+from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.resolve import CONTROLLER_NAMES
 from xds.scrape import INTERVAL, Scraper
@@ -30,7 +31,7 @@ from xds.status import DEFAULT_ADDRESS, serve_status
 
 EPILOG = """\
 The objects are Gateway API's and the inference extension's: GatewayClass, Gateway, HTTPRoute, InferencePool,
-InferenceModel, Service, EndpointSlice, Pod, Namespace, ReferenceGrant and BackendTrafficPolicy.
+InferenceModel, Service, EndpointSlice, Pod, Namespace, Secret, ReferenceGrant and BackendTrafficPolicy.
 
 --config DIR: YAML as you would `kubectl apply` it. The directory is watched: a saved file reaches Envoy within two
 seconds, and one bad object leaves the others served.
@@ -157,6 +158,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
+    reports = LoadReports(metrics)
     control = Control(
         server,
         Scraper(metrics, args.scrape_interval),
@@ -164,6 +166,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         interval=args.scrape_interval,
         options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
+        in_flight=reports.in_flight,
     )
 
     async def work() -> None:
@@ -175,7 +178,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     host, port = bootstrap.split_address(args.status)
     pages = debug.pages(control)
     async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
-        await server.start(args.listen, files)
+        await server.start(args.listen, files, [reports.handler()])
         try:
             await until_signal(work())
             events.info("server stopped")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -122,11 +123,17 @@ class FakeApiServer:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        await web.SockSite(self._runner, self._listener).start()
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         """Gone: connections are reset, new ones refused."""
+        # What asyncio has accepted becomes a connection of ours some turns of the loop later, and is left open when its
+        # server is closed in between (https://github.com/python/cpython/issues/109564): accept no more, then wait.
+        asyncio.get_running_loop().remove_reader(self._listener)
+        for _ in range(3):
+            await asyncio.sleep(0)
         for site in list(self._runner.sites):
             await site.stop()
         self.drop()

@@ -2,7 +2,8 @@
 
 For a prompt of L tokens with chunk hashes h, each pod p costs
 
-    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod
+    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod; where p has seen
+        nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity)
 
 B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are the
@@ -108,13 +109,26 @@ class _Pod:
         leaked = LEAK * (self.load.prefill_rate or PREFILL_RATE) * (now - self._leaked_at)
         return max(0.0, self._backlog - leaked)
 
-    def send(self, hashes: Sequence[bytes], uncached: float, output: float, pickers: int, now: float) -> None:
+    def cached(self, hashes: Sequence[bytes], hint: bytes | None, tokens: int) -> int:
+        """How many of a prompt's tokens are probably in this pod's prefix cache.
+
+        A hint is worth a chunk at most: what a wrong one can cost.
+        """
+        if chunks := self.seen.longest_prefix(hashes):
+            return CHUNK_TOKENS * chunks
+        return min(tokens, CHUNK_TOKENS) if hint is not None and self.seen.longest_prefix((hint,)) else 0
+
+    def send(
+        self, hashes: Sequence[bytes], hint: bytes | None, uncached: float, output: float, pickers: int, now: float
+    ) -> None:
         """Note a request that was picked for this pod."""
         self._backlog, self._leaked_at = self.backlog(now) + uncached, now
         self._sent.append(_Sent(now, uncached + output))
         self.n += pickers
         self.kv += pickers * (uncached + output)
         self.seen.touch(hashes)
+        if hint is not None:
+            self.seen.touch((hint,))
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -162,10 +176,12 @@ class Pool:
         max_tokens: int | None,
         primary: str | None,
         now: float,
+        hint: bytes | None = None,
     ) -> str | None:
         """The hash key of the cheapest pod, now counted as sent to; None when no report is fresh.
 
-        `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds.
+        `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
+        hash of the session or cache key the client named.
         """
         fresh = [pod for pod in self._pods.values() if now - pod.read_at <= STALE]
         if not fresh:
@@ -175,7 +191,7 @@ class Pool:
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - CHUNK_TOKENS * pod.seen.longest_prefix(hashes)
+            uncached: float = tokens - pod.cached(hashes, hint, tokens)
             if name == primary:
                 uncached *= 1.0 - self._prior
             n, kv = (pod.n, pod.kv) if now - pod.read_at <= STALE else (mean_n, 0.0)
@@ -186,5 +202,5 @@ class Pool:
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        pod.send(hashes, uncached, output, self._pickers, now)
+        pod.send(hashes, hint, uncached, output, self._pickers, now)
         return name

@@ -1,6 +1,6 @@
 """One decision for one request: read the prompt, hash it, pick the cheapest pod or fall back to a stateless key. Pure.
 
-    body -> Prompt -> chunk hashes -> stateless key -> its primary pod -> cheapest pod -> "<hash key>_0"
+    body -> Prompt -> chunk hashes, hint -> stateless key -> its primary pod -> cheapest pod -> "<hash key>_0"
 
 Envoy's ring_hash places every host at the points xxHash64("<hash key>_<i>"), and hashes the header it is given in the
 same way: "<hash key>_0" lands on that host exactly. Any other text, the stateless key's, lands on some host, always the
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from picker.cost import Pool, PoolLoad
-from picker.prefix import chunk_hashes
+from picker.prefix import chunk_hashes, hint_hash
 from picker.prompt import read_prompt
 from picker.stateless import HotPrefixes, Ring
 
@@ -27,7 +27,7 @@ class Reason(StrEnum):
 
     COST = "cost"
     STATELESS = "stateless"  # no fresh load of this pool
-    UNKEYED = "unkeyed"  # no fresh load, and too short to be keyed on its own
+    UNKEYED = "unkeyed"  # no fresh load, no hint, and too short to be keyed on its own
     UNREADABLE = "unreadable"  # no prompt in the body
 
 
@@ -93,20 +93,21 @@ class Picker:
         """The pool is gone."""
         self._pools.pop(name, None)
 
-    def pick(self, cluster_name: str, body: bytes, now: float) -> Pick:
-        """Decide for one request routed to `cluster_name`; `now` in seconds."""
+    def pick(self, cluster_name: str, body: bytes, now: float, session: str = "") -> Pick:
+        """Decide for one request routed to `cluster_name`; `now` in seconds, `session` the session header's value."""
         state = self._pools.get(cluster_name)
         pool = cluster_name if state is not None else ""
         prompt = read_prompt(body)
         if prompt is None:
             return Pick(None, Reason.UNREADABLE, pool)
-        hashes = chunk_hashes(prompt)
+        hashes, hint = chunk_hashes(prompt), hint_hash(prompt, session)
+        path = [hint, *hashes] if hint is not None else hashes
         if state is None:
-            stateless = self._unknown.key(hashes, UNKNOWN_PODS, now)
+            stateless = self._unknown.key(path, UNKNOWN_PODS, now)
         else:
-            stateless = state.hot.key(hashes, len(state.pool) or UNKNOWN_PODS, now)
+            stateless = state.hot.key(path, len(state.pool) or UNKNOWN_PODS, now)
             primary = state.ring.primary(stateless) if stateless is not None else None
-            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now)
+            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint)
             if pod is not None:
                 return Pick(f"{pod}_0", Reason.COST, pool, pod)
         if stateless is None:

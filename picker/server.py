@@ -26,6 +26,9 @@ from xds.tls import TlsFiles, server_credentials
 PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 HEALTH = "/grpc.health.v1.Health/Check"
 FILTER = "envoy.filters.http.ext_proc"  # the namespace of the request's attributes
+REQUEST = (
+    "request"  # the namespace of the metadata a request carries: its session header's value, in its field "session"
+)
 NAMESPACE = "picker"  # of the dynamic metadata the answer carries, in its field "key"
 MAX_MESSAGE = 40 << 20  # bytes: above the 32 MiB Envoy buffers of a body
 SAY_AGAIN = 60.0  # seconds between two log lines on one kind of failure
@@ -125,7 +128,9 @@ class PickerServer:
             raise ValueError("no request_body: request_body_mode must be BUFFERED and the other modes SKIP or NONE")
         attributes = request.attributes.get(FILTER)
         cluster_name = attributes.fields["xds.cluster_name"].string_value if attributes is not None else ""
-        pick = self._picker.pick(cluster_name, request.request_body.body, now)
+        told = request.metadata_context.filter_metadata.get(REQUEST)
+        session = told.fields["session"].string_value if told is not None else ""
+        pick = self._picker.pick(cluster_name, request.request_body.body, now, session)
         counter = self._picks.get((pick.pool, pick.reason))
         if counter is None:
             counter = self._picks[pick.pool, pick.reason] = self._metrics.picks.labels(pick.pool, pick.reason)

@@ -40,6 +40,7 @@ from xds.model import (
     Object,
     ParentRef,
     PathMatch,
+    PoolSettings,
     RequestRedirect,
     Respond,
     Route,
@@ -411,6 +412,21 @@ def test_a_pool_makes_an_llm_route_and_its_strategy_a_picked_one(strategy: Strat
     """One pool among the backends is enough for both."""
     found = forwarded(route(rule(backend(), backend("llm", "InferencePool"))), pool(strategy=strategy))
     assert (found.llm, found.picked) == (True, picked)
+
+
+def test_session_headers_are_those_of_picked_pools() -> None:
+    """Each once, sorted; a pool without a picker has nobody to tell."""
+    settings = {
+        "a": ("x-b", Strategy.PREFIX_CACHE),
+        "b": ("x-a", Strategy.PREFIX_CACHE),
+        "c": ("x-c", Strategy.DEFAULT),
+    }
+    pools = [
+        pool(name, strategy=strategy, settings=PoolSettings(session_header=header))
+        for name, (header, strategy) in (settings | {"d": settings["a"], "e": ("", Strategy.PREFIX_CACHE)}).items()
+    ]
+    found = forwarded(route(rule(*(backend(name, "InferencePool") for name in "abcde"))), *pools)
+    assert found.session_headers == ("x-a", "x-b")
 
 
 @pytest.mark.parametrize(

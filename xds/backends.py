@@ -138,6 +138,7 @@ def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
         endpoints=_distinct(endpoints),
         strategy=pool.strategy,
         http2=pool.http2,
+        settings=pool.settings,
     )
 
 

@@ -5,6 +5,7 @@ of a listener drains it and cuts running streams, a change of a route does not. 
 
     early_header_mutation  drop a client's own x-vllm-* and X-Gateway-Model-Name, before anything can read them
     json_to_metadata       `model` of the body -> metadata, and route again (only where routes match on the model)
+    header_to_metadata     the pool's session header -> metadata `request:session`, for the picker
     ext_proc               the body, complete, to the picker; its answer is dynamic metadata `picker:key`
     buffer                 hold the headers until the body is complete and the picker has answered
     header_mutation        metadata -> x-vllm-pick (the hash policy's header) and X-Gateway-Model-Name
@@ -12,6 +13,7 @@ of a listener drains it and cuts running streams, a change of a route does not. 
 
 ext_proc comes after json_to_metadata, so the picker is told the cluster the request will really go to, and before the
 filter that holds the headers: answers to a body arrive too late for every other arrangement with one message each way.
+header_to_metadata comes after json_to_metadata too: which header it reads is its route's to say.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
 )
 from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import HeaderMutation as HeaderMutationFilter
 from envoy_data_plane.envoy.extensions.filters.http.header_mutation.v3 import Mutations
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import Config as HeaderToMetadata
 from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
     JsonToMetadata,
     JsonToMetadataKeyValuePair,
@@ -67,6 +70,7 @@ from xds.envoy import (
     BUFFER,
     EXT_PROC,
     HEADER_MUTATION,
+    HEADER_TO_METADATA,
     JSON_TO_METADATA,
     MODEL_HEADER,
     MODEL_KEY,
@@ -76,6 +80,7 @@ from xds.envoy import (
     PICKER_CLUSTER,
     PICKER_KEY,
     PICKER_NAMESPACE,
+    REQUEST_NAMESPACE,
     Options,
     ads,
     listener_name,
@@ -145,7 +150,8 @@ def _filters(options: Options) -> list[HttpFilter]:
         disable_immediate_response=True,  # the picker advises; it can not refuse a request
         mutation_rules=HeaderMutationRules(disallow_all=True),
         metadata_options=MetadataOptions(
-            receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[PICKER_NAMESPACE])
+            forwarding_namespaces=MetadataOptionsMetadataNamespaces(untyped=[REQUEST_NAMESPACE]),
+            receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[PICKER_NAMESPACE]),
         ),
         request_attributes=["xds.cluster_name"],
     )
@@ -159,6 +165,7 @@ def _filters(options: Options) -> list[HttpFilter]:
     )
     switched = [
         (JSON_TO_METADATA, JsonToMetadata(request_rules=JsonToMetadataMatchRules(rules=[model_rule]))),
+        (HEADER_TO_METADATA, HeaderToMetadata()),  # which header, the route says
         (EXT_PROC, picker),
         (BUFFER, Buffer(max_request_bytes=BODY_LIMIT)),
         (HEADER_MUTATION, headers),

@@ -316,6 +316,16 @@ class Strategy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What the pool's annotations `vllm-xds/...` say (xds/parse_settings.py), or their defaults.
+
+    `session_header` is the request header whose value keeps a session's requests together, lower case, "" for none.
+    """
+
+    session_header: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class InferencePool:
     """v1 (inference.networking.k8s.io) and v1alpha2 (.x-k8s.io) alike; `meta.ref.group` tells them apart.
 
@@ -328,6 +338,7 @@ class InferencePool:
     strategy: Strategy = Strategy.DEFAULT
     http2: bool = False  # appProtocol kubernetes.io/h2c
     extension: str = ""
+    settings: PoolSettings = PoolSettings()
 
 
 class Criticality(Enum):
@@ -428,18 +439,23 @@ class Cluster:
     endpoints: tuple[Endpoint, ...]
     strategy: Strategy | None = None
     http2: bool = False
+    settings: PoolSettings = PoolSettings()
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500."""
+    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500.
+
+    `session_headers` are those of its PREFIX_CACHE pools, sorted.
+    """
 
     clusters: tuple[tuple[str, int, Filters], ...]
     rewrite: URLRewrite | None = None
     llm: bool = False  # at least one backend is an InferencePool
     picked: bool = False  # at least one of them is PREFIX_CACHE
+    session_headers: tuple[str, ...] = ()
     timeout: float | None = None  # None = the default of its kind, 0 = none
     backend_timeout: float | None = None
     idle_timeout: float | None = None

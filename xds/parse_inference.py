@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from xds.fields import GROUP, KIND, LABEL_VALUE, OBJECT_NAME, Reader, Text, describe
 from xds.model import INFERENCE_X, Criticality, InferenceModel, InferencePool, Meta, ObjectRef, Strategy
+from xds.parse_settings import read_settings
 
 STRATEGY_ANNOTATION = "inference.networking.x-k8s.io/routing-strategy"
 
@@ -22,8 +23,9 @@ def read_pool(document: Reader, meta: Meta) -> InferencePool:
     if len(set(ports)) < len(ports):
         raise spec.error("targetPorts", "expected ports that differ")
     http2 = spec.choice("appProtocol", ("http", "kubernetes.io/h2c"), "http") == "kubernetes.io/h2c"
+    extension = _read_extension(spec, "endpointPickerRef")
     return InferencePool(
-        meta, selector, ports, _read_strategy(document, meta), http2, _read_extension(spec, "endpointPickerRef")
+        meta, selector, ports, _read_strategy(document, meta), http2, extension, read_settings(document, meta)
     )
 
 
@@ -35,9 +37,9 @@ def read_pool_x(document: Reader, meta: Meta) -> InferencePool:
     spec = document.child("spec")
     selector = _read_selector(spec, "selector")
     ports = (spec.port("targetPortNumber"),)
-    return InferencePool(
-        meta, selector, ports, _read_strategy(document, meta), extension=_read_extension(spec, "extensionRef")
-    )
+    extension = _read_extension(spec, "extensionRef")
+    strategy = _read_strategy(document, meta)
+    return InferencePool(meta, selector, ports, strategy, extension=extension, settings=read_settings(document, meta))
 
 
 def _read_selector(reader: Reader, key: str) -> dict[str, str]:

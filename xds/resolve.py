@@ -286,12 +286,14 @@ class _Actions:
         clusters = [self._backends.clusters[name] for name, _, _ in shares if name]
         if not clusters:
             return Respond(500)
+        picked = [cluster for cluster in clusters if cluster.strategy is Strategy.PREFIX_CACHE]
         timeouts = (rule.timeout, *(policy.request_timeout for policy in policies))
         return Forward(
             clusters=tuple(shares),
             rewrite=rule.filters.rewrite,
             llm=any(cluster.strategy is not None for cluster in clusters),
-            picked=any(cluster.strategy is Strategy.PREFIX_CACHE for cluster in clusters),
+            picked=bool(picked),
+            session_headers=tuple(sorted({cluster.settings.session_header for cluster in picked} - {""})),
             timeout=_first(timeouts),
             backend_timeout=rule.backend_timeout,
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),

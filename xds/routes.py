@@ -39,6 +39,14 @@ from envoy_data_plane.envoy.config.route.v3 import (
 )
 from envoy_data_plane.envoy.extensions.filters.http.buffer.v3 import BufferPerRoute
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import ExtProcPerRoute
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import (
+    Config as HeaderToMetadata,
+)
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import (
+    ConfigKeyValuePair,
+    ConfigRule,
+    ConfigValueType,
+)
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import (
     MetadataMatcher,
@@ -56,11 +64,14 @@ from xds.envoy import (
     BUFFER,
     EXT_PROC,
     HEADER_MUTATION,
+    HEADER_TO_METADATA,
     JSON_TO_METADATA,
     MODEL_HEADER,
     MODEL_KEY,
     MODEL_NAMESPACE,
     PICK_HEADER,
+    REQUEST_NAMESPACE,
+    SESSION_KEY,
     listener_name,
     seconds,
 )
@@ -107,7 +118,9 @@ def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
     if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
         host.request_body_buffer_limit = BODY_LIMIT
     if by_model:
-        host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
+        sessions = any(isinstance(r.action, Forward) and r.action.session_headers for r in source.routes)
+        told = (HEADER_TO_METADATA,) if sessions else ()
+        host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, *told, EXT_PROC, BUFFER, HEADER_MUTATION)
         host.routes.insert(0, _unsendable_model())
         # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
         host.routes.append(
@@ -148,14 +161,25 @@ def _route(source: model.Route, hostname: str, port: int, *, by_model: bool) -> 
             route.direct_response = DirectResponseAction(status=status, body=body)
         case Forward() as forward:
             route.route = _forward(forward, source.match)
+    filters = {}
     if picked and not by_model:
-        route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
+        filters = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
     elif by_model and not picked:
-        route.typed_per_filter_config = {
+        filters = {
             EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
             BUFFER: Any.pack(BufferPerRoute(disabled=True)),
         }
+    if isinstance(source.action, Forward) and source.action.session_headers:
+        filters[HEADER_TO_METADATA] = Any.pack(_session(source.action.session_headers))
+    if filters:
+        route.typed_per_filter_config = filters
     return route
+
+
+def _session(headers: Iterable[str]) -> HeaderToMetadata:
+    """The session the picker is told of. A route to several pools may have several headers: the last present counts."""
+    value = ConfigKeyValuePair(metadata_namespace=REQUEST_NAMESPACE, key=SESSION_KEY, type=ConfigValueType.STRING)
+    return HeaderToMetadata(request_rules=[ConfigRule(header=name, on_header_present=value) for name in headers])
 
 
 # --- matches ----------------------------------------------------------------------------------------------------------

@@ -205,10 +205,11 @@ class Gateway:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
         await self.settled(clients=2)
         async with asyncio.timeout(BOUND):
-            while not await self._healthy(PICKER_CLUSTER):
+            while not await self.healthy(PICKER_CLUSTER):
                 pass  # each look is a request to Envoy's admin API
 
-    async def _healthy(self, cluster: str) -> bool:
+    async def healthy(self, cluster: str) -> bool:
+        """What Envoy's health checks find of every host of a cluster."""
         statuses = (await self.envoy.get("/clusters?format=json"))["cluster_statuses"]
         hosts = next(status["host_statuses"] for status in statuses if status["name"] == cluster)
         return all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)

@@ -200,6 +200,29 @@ def test_a_short_answer_needs_less_room() -> None:
         assert fleet.pick([], 10, max_tokens, None, 0.0) == picked
 
 
+@pytest.mark.parametrize(("busier", "stays"), [(4.0, True), (6.0, False)])
+def test_a_hint_keeps_a_short_prompt(busier: float, stays: bool) -> None:
+    """Below one chunk a session stays for what its tokens are worth: 500 of them, five running requests."""
+    fleet = pool(POD, replace(POD, hash_key="b", running=9.0))
+    assert fleet.pick([], 500, None, None, 0.0, b"session") == "a"
+    fleet.update(PoolLoad("p", (replace(POD, running=busier), replace(POD, hash_key="b"))), MANY, 2.0)
+    assert (fleet.pick([], 500, None, None, 2.0, b"session") == "a") is stays
+
+
+def test_a_hint_is_worth_one_chunk() -> None:
+    """It says no more than that, whatever the prompt's length, and nothing where a chunk of the text was seen."""
+    for tokens, cached in ((100, 100), (512, 512), (5000, 512)):
+        fleet = pool(replace(POD, hash_key="a"))
+        fleet.pick([], tokens, None, None, 0.0, b"session")
+        pod = fleet._pods["a"]
+        assert pod.cached([], b"session", tokens) == cached
+        assert pod.cached([b"new"], b"session", tokens) == cached
+        assert pod.cached([], b"other", tokens) == pod.cached([], None, tokens) == 0
+    fleet = pool(replace(POD, hash_key="a"))
+    fleet.pick(path("x", 3), 2000, None, None, 0.0, b"session")
+    assert fleet._pods["a"].cached(path("x", 9), b"session", 5000) == 3 * 512
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 300), st.floats(0, 1), st.integers(0, 10**6), st.floats(-1, 30)), min_size=1, max_size=6

@@ -84,6 +84,36 @@ def test_too_short_to_key_on() -> None:
     assert asked.pick("other", short, 0.0) == Pick(None, Reason.UNKEYED)
 
 
+def test_a_session_is_keyed_by_its_hint() -> None:
+    """Without loads: short prompts of one session have one key, and long ones the session's before their prefix's."""
+    asked, now = picker(), STALE + 1
+    short, long = body("x", size=100), body("x")
+    keys = {asked.pick(POOL, one, now, session).key for one in (short, long) for session in ("s1", "s2")}
+    assert len(keys) == 2
+    assert None not in keys
+    assert asked.pick(POOL, long, now).key not in keys
+    keyed = json.dumps({"model": "m", "prompt": "hi", "prompt_cache_key": "s1"}).encode()
+    assert asked.pick("other", keyed, now).key in keys  # the model's and the hint's alone, whoever says it
+
+
+def test_a_hint_all_share_is_split_like_a_preamble() -> None:
+    """An application's name as prompt_cache_key: once it is hot, families part below it."""
+    asked, now = picker(), STALE + 1
+    keys = [asked.pick(POOL, body("wxyz"[i % 4]), now, "app").key for i in range(200)]
+    assert len(set(keys[:8])) == 1  # MIN_COUNT: nothing is hot yet
+    assert len(set(keys[100:])) == 4
+
+
+def test_a_short_session_stays_on_its_pod() -> None:
+    """With loads, too: its pod has its tokens, and costs least unless it is busier by more."""
+    asked, pods = picker(), set()
+    for turn in range(6):
+        now = 2.0 * turn
+        asked.update(report(), now)
+        pods.add(asked.pick(POOL, body("x", f"turn {turn}", size=1500), now, "s1").pod)
+    assert len(pods) == 1
+
+
 def test_no_prompt_no_key() -> None:
     """What is not an LLM request goes through without a key, and leaves no trace."""
     asked = picker()

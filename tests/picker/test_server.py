@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from picker.cost import PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
-from picker.server import FILTER, HEALTH, PROCESS, AddressError, PickerServer, encode_answer
+from picker.server import FILTER, HEALTH, PROCESS, REQUEST, AddressError, PickerServer, encode_answer
 from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest
 
 POOL = "pool/default/qwen"
@@ -60,9 +60,11 @@ async def serving(address: str = "127.0.0.1:0") -> AsyncIterator[Service]:
         await service.server.stop(0)
 
 
-def request(body: bytes, cluster_name: str = POOL) -> bytes:
+def request(body: bytes, cluster_name: str = POOL, **told: str) -> bytes:
     message = ProcessingRequest(request_body=HttpBody(body=body, end_of_stream=True))
     message.attributes[FILTER].update({"xds.cluster_name": cluster_name})
+    if told:
+        message.metadata_context.filter_metadata[REQUEST].update(told)
     return message.SerializeToString()
 
 
@@ -85,6 +87,17 @@ async def test_an_unknown_cluster_and_no_attributes_at_all() -> None:
         assert keyed not in (UNPICKED, encode_answer("default/a_0"))
         assert await service.ask(bare) == [keyed]
         assert service.metric("picks_total", pool="", reason="stateless") == 2
+
+
+async def test_the_session_header_is_a_hint() -> None:
+    """As Envoy's metadata says it: a prompt too short for a key of its own has the session's."""
+    async with serving() as service:
+        short = b'{"model":"m","prompt":"hi"}'
+        answers = [await service.ask(request(short, "other", **told)) for told in ({}, {"session": ""})]
+        assert answers == [[UNPICKED]] * 2
+        first = await service.ask(request(short, "other", session="s1"))
+        assert first not in ([UNPICKED], await service.ask(request(short, "other", session="s2")))
+        assert first == await service.ask(request(short, "other", session="s1", more="x"))
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"{}", b'{"messages":'])

@@ -1,9 +1,10 @@
 """picker/wire/ext_proc.proto: the subset says the same bytes as Envoy's full messages."""
 
+from envoy_data_plane.envoy.config.core.v3 import Metadata
 from envoy_data_plane.envoy.service.ext_proc import v3
 from envoy_data_plane.google.protobuf import Struct, Value
 
-from picker.server import FILTER, encode_answer
+from picker.server import FILTER, REQUEST, encode_answer
 from picker.wire.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 
 
@@ -11,6 +12,9 @@ def test_requests() -> None:
     """Envoy's request is read, fields we do not know included, and ours is read by the full message."""
     full = v3.ProcessingRequest(
         request_body=v3.HttpBody(body=b"{}", end_of_stream=True),
+        metadata_context=Metadata(
+            filter_metadata={REQUEST: Struct(fields={"session": Value(string_value="s1")})},
+        ),
         attributes={FILTER: Struct(fields={"xds.cluster_name": Value(string_value="pool/default/qwen")})},
         protocol_config=v3.ProtocolConfiguration(send_body_without_waiting_for_header_response=True),
     )
@@ -18,7 +22,10 @@ def test_requests() -> None:
     assert subset.request_body.body == b"{}"
     assert subset.request_body.end_of_stream
     assert subset.attributes[FILTER].fields["xds.cluster_name"].string_value == "pool/default/qwen"
-    ours = ProcessingRequest(request_body=subset.request_body, attributes=subset.attributes)
+    assert subset.metadata_context.filter_metadata[REQUEST].fields["session"].string_value == "s1"
+    ours = ProcessingRequest(
+        request_body=subset.request_body, metadata_context=subset.metadata_context, attributes=subset.attributes
+    )
     full.protocol_config = None
     assert ours.SerializeToString() == bytes(full)
     assert v3.ProcessingRequest.parse(ours.SerializeToString()) == full

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from picker.cost import Pool, PoolLoad
+from picker.cost import DEFAULT_COSTS, Costs, Pool, PoolLoad
 from picker.prefix import chunk_hashes, hint_hash
 from picker.prompt import read_prompt
 from picker.stateless import HotPrefixes, Ring
@@ -35,7 +35,7 @@ class Reason(StrEnum):
 class Pick:
     """`key` is the header value for Envoy, None for none; `pod` the hash key of the pod picked, "" for none.
 
-    `pool` is the cluster's name when its pods are known, else "".
+    `pool` is the cluster's name when the management server named it, else "".
     """
 
     key: str | None
@@ -44,12 +44,22 @@ class Pick:
     pod: str = ""
 
 
-class _State:
-    """What is known of one pool. Mutable."""
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """What the management server says of a pool beside its loads."""
 
-    __slots__ = ("hash_keys", "hot", "pool", "ring")
+    name: str
+    costs: Costs = DEFAULT_COSTS
+
+
+class _State:
+    """What is known of one pool: `config` and `reported` say by whom. Mutable."""
+
+    __slots__ = ("config", "hash_keys", "hot", "pool", "reported", "ring")
 
     def __init__(self, random: Callable[[], float], pickers: int) -> None:
+        self.config: PoolConfig | None = None
+        self.reported = False  # loads
         self.pool = Pool(random, pickers)
         self.hot = HotPrefixes()
         self.hash_keys: tuple[str, ...] = ()
@@ -59,7 +69,7 @@ class _State:
 class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
-    Clusters nobody reported loads of share one set of counts, so a caller cannot make it grow by inventing names.
+    Clusters the management server did not name share one set of counts, so nobody can make it grow by inventing names.
     `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1).
     """
 
@@ -80,9 +90,8 @@ class Picker:
 
     def update(self, load: PoolLoad, now: float) -> None:
         """Take a pool's load report, which arrived at `now`."""
-        state = self._pools.get(load.name)
-        if state is None:
-            state = self._pools[load.name] = _State(self._random, self._pickers)
+        state = self._state(load.name)
+        state.reported = True
         pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
         state.pool.update(load, MAX_CHUNKS // max(1, pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
@@ -90,8 +99,33 @@ class Picker:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)
 
     def forget(self, name: str) -> None:
-        """The pool is gone."""
-        self._pools.pop(name, None)
+        """The pool's loads are gone, and its pods with them."""
+        state = self._pools.pop(name, None)
+        if state is not None and state.config is not None:
+            self.configure(state.config)
+
+    def configure(self, config: PoolConfig) -> None:
+        """Take a pool's settings."""
+        state = self._state(config.name)
+        state.config, state.pool.costs = config, config.costs
+
+    def config(self, name: str) -> PoolConfig | None:
+        """A pool's settings; None when the management server has said nothing of them."""
+        state = self._pools.get(name)
+        return state.config if state is not None else None
+
+    def unconfigure(self, name: str) -> None:
+        """The pool's settings are gone: the defaults are back."""
+        state = self._pools.get(name)
+        if state is not None and state.reported:
+            state.config, state.pool.costs = None, DEFAULT_COSTS
+        else:
+            self._pools.pop(name, None)
+
+    def _state(self, name: str) -> _State:
+        if name not in self._pools:
+            self._pools[name] = _State(self._random, self._pickers)
+        return self._pools[name]
 
     def pick(self, cluster_name: str, body: bytes, now: float, session: str = "") -> Pick:
         """Decide for one request routed to `cluster_name`; `now` in seconds, `session` the session header's value."""
@@ -107,7 +141,7 @@ class Picker:
         else:
             stateless = state.hot.key(path, len(state.pool) or UNKNOWN_PODS, now)
             primary = state.ring.primary(stateless) if stateless is not None else None
-            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint)
+            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint, prompt.model)
             if pod is not None:
                 return Pick(f"{pod}_0", Reason.COST, pool, pod)
         if stateless is None:

@@ -28,7 +28,17 @@ def read(annotations: dict[str, Any], group: str = INFERENCE) -> tuple[PoolSetti
 
 
 @pytest.mark.parametrize("group", [INFERENCE, INFERENCE_X])
-@pytest.mark.parametrize(("name", "text", "value"), [("session-header", "X-Session-Id", "x-session-id")])
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("session-header", "X-Session-Id", "x-session-id"),
+        ("hash-balance-factor", "100", 100),
+        ("hash-balance-factor", "10000", 10_000),
+        ("output-tokens", "1800", 1800),
+        ("prefill-rate", "25000", 25_000),
+        ("request-cost", "0", 0),
+    ],
+)
 def test_a_setting(group: str, name: str, text: str, value: object) -> None:
     """What an operator may set, on a pool of either generation; what is not annotated keeps its default."""
     settings, said = read({f"vllm-xds/{name}": text}, group)
@@ -46,6 +56,14 @@ def test_a_setting(group: str, name: str, text: str, value: object) -> None:
         ("session-header", "x" * 300, "an HTTP header name"),
         ("session-header", "X-Vllm-Pick", "a header that clients may send"),
         ("session-header", "X-Gateway-Model-Name", "a header that clients may send"),
+        ("hash-balance-factor", "99", "an integer from 100 to 10000"),
+        ("hash-balance-factor", "10001", "an integer from 100 to 10000"),
+        ("output-tokens", "0", "an integer from 1 to 1000000"),
+        ("output-tokens", "1e3", "an integer from 1 to 1000000"),
+        ("prefill-rate", "8000.5", "an integer from 1 to 10000000"),
+        ("prefill-rate", "9" * 5000, "an integer from 1 to 10000000"),
+        ("request-cost", "-1", "an integer from 0 to 1000000"),
+        ("request-cost", "\u0661", "an integer from 0 to 1000000"),
     ],
 )
 def test_a_wrong_setting_is_a_warning(name: str, text: str, expected: str) -> None:

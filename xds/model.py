@@ -320,9 +320,16 @@ class PoolSettings:
     """What the pool's annotations `vllm-xds/...` say (xds/parse_settings.py), or their defaults.
 
     `session_header` is the request header whose value keeps a session's requests together, lower case, "" for none.
+    The other ones are the picker's (picker/cost.py says what they do), None for its own default.
     """
 
     session_header: str = ""
+    # Percent of a pod's fair share of active requests: the net under a wrong pick, not the balancer. From 300 on it is
+    # free; 200 costs up to 15 % of the time to first token near saturation.
+    hash_balance_factor: int = 300
+    output_tokens: int | None = None  # tokens of a usual answer
+    prefill_rate: int | None = None  # tokens/s of a pod whose own rate is not known yet
+    request_cost: int | None = None  # tokens of prefill that a running request counts as
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,3 +535,6 @@ class Load:
     preemptions: float = 0.0
     prompt_tokens: float = 0.0
     generation_tokens: float = 0.0
+    max_lora: int = 0  # LoRA adapters the pod holds at a time; 0 = its page says nothing of adapters
+    running_adapters: tuple[str, ...] = ()  # with a request running, sorted
+    waiting_adapters: tuple[str, ...] = ()  # with a request waiting, sorted

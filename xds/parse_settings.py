@@ -14,6 +14,7 @@ from xds.model import Meta, PoolSettings
 
 PREFIX = "vllm-xds/"
 
+_INTEGER = re.compile(r"[0-9]{1,9}")
 _OWN_HEADERS = re.compile(r"x-vllm-.*|x-gateway-model-name")  # a client's are dropped before anything reads them
 
 
@@ -46,6 +47,21 @@ def _header(text: str) -> str:
     return name
 
 
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return int(text)
+
+    return read
+
+
 # Annotation without its prefix -> what reads it, or raises a ValueError that says what it expects. The names are
 # PoolSettings' fields, with dashes.
-_SETTINGS: Mapping[str, Callable[[str], Any]] = {"session-header": _header}
+_SETTINGS: Mapping[str, Callable[[str], Any]] = {
+    "session-header": _header,
+    "hash-balance-factor": _integer(100, 10_000),  # Envoy refuses less: a pod with its fair share would be full
+    "output-tokens": _integer(1, 1_000_000),
+    "prefill-rate": _integer(1, 10_000_000),
+    "request-cost": _integer(0, 1_000_000),
+}

@@ -23,7 +23,8 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only delta
    can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a change).
 
-A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+A change of weights is a change of endpoints alone, so it is sent at once. PoolConfig and PoolLoad take no part in the
+order.
 """
 
 from __future__ import annotations

@@ -13,14 +13,26 @@ from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options, listener_name
 from xds.listeners import listener
 from xds.model import Cluster, Forward, PortListener, Topology
+from xds.pools import pool_config
 from xds.routes import route_configuration
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Ref, Resource, Snapshot, make_resource
+from xds.snapshot import (
+    CLUSTER,
+    ENDPOINT,
+    LISTENER,
+    POOL_CONFIG,
+    POOL_LOAD,
+    ROUTE,
+    Ref,
+    Resource,
+    Snapshot,
+    make_resource,
+)
 
 Weights = Mapping[str, Mapping[str, int]]  # cluster name -> hash key -> load_balancing_weight
 
 
 def translate(topology: Topology, options: Options, weights: Weights) -> Snapshot:
-    """Everything Envoy is to be told, but for the pool loads, which are the picker's."""
+    """Everything Envoy and the picker are to be told, but for the pool loads."""
     return Snapshot.of(
         {
             LISTENER: [_listener(port.port, options) for port in topology.listeners],
@@ -28,6 +40,9 @@ def translate(topology: Topology, options: Options, weights: Weights) -> Snapsho
             CLUSTER: [_cluster(c) for c in topology.clusters]
             + [make_resource(CLUSTER, PICKER_CLUSTER, bytes(picker_cluster(options)))],
             ENDPOINT: [_endpoints(c, weights) for c in topology.clusters],
+            POOL_CONFIG: [
+                make_resource(POOL_CONFIG, c.name, pool_config(c)) for c in topology.clusters if c.strategy is not None
+            ],
         }
     )
 

@@ -106,7 +106,7 @@ class Gateway:
     # --- parts ---
 
     async def start_pods(
-        self, count: int, config: EngineConfig | None = None, kind: type[SimulatedPod] = SimulatedPod
+        self, count: int, config: EngineConfig | None = None, kind: Callable[..., SimulatedPod] = SimulatedPod
     ) -> None:
         net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
         for i in range(count):

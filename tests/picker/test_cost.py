@@ -9,7 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picker.cost import LEAK, PREFILL_RATE, STALE, UNKNOWN_CHUNKS, PodLoad, Pool, PoolLoad
+from picker.cost import (
+    ADAPTER_FULL,
+    ADAPTER_LOAD,
+    ADAPTER_WAITS,
+    CN,
+    DEFAULT_COSTS,
+    LEAK,
+    MAX_ADAPTERS,
+    PREFILL_RATE,
+    STALE,
+    UNKNOWN_CHUNKS,
+    Costs,
+    PodLoad,
+    Pool,
+    PoolLoad,
+)
 
 MANY = 1 << 20  # chunks: no bound in these tests
 POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
@@ -198,6 +213,103 @@ def test_a_short_answer_needs_less_room() -> None:
         nearly_full = replace(POD, kv_usage=0.95, kv_tokens=100_000)  # each token beyond this one costs 2
         fleet = pool(nearly_full, replace(POD, hash_key="b", running=2.0))
         assert fleet.pick([], 10, max_tokens, None, 0.0) == picked
+
+
+def adapted(names: str = "ab", **fields: Any) -> list[PodLoad]:
+    """Pods for two adapters at a time, on which nothing runs."""
+    return pods(names, max_lora=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("load", "cost"),
+    [
+        ({"running_adapters": ("x",)}, 0.0),
+        ({"running_adapters": ("x", "y")}, 0.0),
+        ({}, ADAPTER_LOAD),
+        ({"running_adapters": ("y",)}, ADAPTER_LOAD),
+        ({"max_lora": 0}, ADAPTER_LOAD),  # its page says nothing of adapters
+        ({"waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z"), "waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z")}, ADAPTER_FULL),
+    ],
+)
+def test_what_an_adapter_costs(load: dict[str, Any], cost: float) -> None:
+    """Loaded, room, waited for, full: A of each, against a pod that holds it and is busier by just more or less."""
+    assert 0 < ADAPTER_LOAD < ADAPTER_WAITS < ADAPTER_FULL
+    pod = replace(*adapted("a"), **load)
+    for tokens, picked in ((cost + 1, "a"), (cost - 1, "b")):
+        busier = replace(*adapted("b"), running=1.0 + tokens / CN, running_adapters=("x",))
+        assert pool(replace(pod, running=1.0), busier).pick([], 0, None, None, 0.0, None, "x") == picked
+
+
+def test_a_model_nobody_reports_as_an_adapter_is_none() -> None:
+    """The base model costs the same wherever it is asked for; so does the first request for an adapter."""
+    loads = (*adapted("a", running=1.0), *adapted("b", running_adapters=("y", "z")))
+    for model in ("base", "x", ""):
+        assert pool(*loads).pick([], 0, None, None, 0.0, None, model) == "b"
+    loads = (loads[0], replace(loads[1], waiting_adapters=("y", "x")))
+    assert pool(*loads).pick([], 0, None, None, 0.0, None, "x") == "a"
+
+
+def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
+    """Also those that no report shows running: as many as it has places, and none after a restart."""
+    loads = tuple(adapted(waiting_adapters=("x", "y", "z")))
+    fleet = pool(*loads)
+    fleet.update(PoolLoad("p", tuple(adapted())), MANY, 0.0)
+    pod = fleet._pods[fleet.pick([], 0, None, None, 0.0, None, "x") or ""]
+    assert pod.adapter_cost("x") == 0.0
+    for adapter, held in (("y", "xy"), ("x", "xy"), ("z", "xz")):
+        pod.send([], None, adapter, 0.0, 0.0, 1, 0.0, DEFAULT_COSTS)
+        assert [name for name in "xyz" if not pod.adapter_cost(name)] == list(held)
+    pod.report(replace(pod.load, running_adapters=("y",)), 1, MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == ["y", "z"]
+    pod.report(replace(pod.load, start_time=9.0, running_adapters=()), 1, MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == []
+
+
+def test_adapters_known_are_bounded() -> None:
+    """However many names pods make up."""
+    fleet = pool()
+    for i in range(0, 2 * MAX_ADAPTERS, 512):
+        names = tuple(str(n) for n in range(i, i + 512))
+        fleet.update(PoolLoad("p", (PodLoad("a", running_adapters=names),)), MANY, 0.0)
+    assert len(fleet._adapters) == MAX_ADAPTERS
+
+
+@pytest.mark.parametrize(
+    ("costs", "picked"),
+    [
+        (Costs(), "b"),  # 1000 * 1.3 + 100 against 1000
+        (Costs(request_cost=0.0), "b"),
+        (Costs(output_tokens=2000.0), "a"),  # 1000 beyond b's cache, at 2 each
+        (Costs(prefill_rate=1e6), "b"),
+    ],
+)
+def test_what_an_operator_sets_counts(costs: Costs, picked: str) -> None:
+    """The usual answer's length decides whether it fits; the other two on their own below."""
+    fleet = pool(replace(POD, running=1.0), replace(POD, hash_key="b", kv_usage=0.8, kv_tokens=10_000))
+    fleet.costs = costs
+    assert fleet.pick([], 1000, None, None, 0.0) == picked
+
+
+def test_the_cost_of_a_running_request_can_be_set() -> None:
+    """At 0 an empty prompt costs as much where more run, as it does nowhere else."""
+    for cost, model, picked in ((0.0, "x", "a"), (CN, "x", "b"), (0.0, "y", "b")):
+        fleet = pool(*adapted("a", running=5.0, running_adapters=("x",)), *adapted("b", running_adapters=("y",)))
+        fleet.costs = Costs(request_cost=cost)
+        assert fleet.pick([], 0, None, None, 0.0, None, model) == picked
+
+
+def test_the_prefill_rate_of_an_unknown_pod_can_be_set() -> None:
+    """Its backlog leaks at LEAK of it; a pod whose own rate is known does not follow."""
+    for rate, picked in ((0.0, "a"), (1000.0, "b")):
+        fleet = pool(replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))
+        fleet.costs = Costs(prefill_rate=50_000.0)
+        assert fleet.pick([], 7000, None, None, 0.0) == "a"
+        fleet.update(
+            PoolLoad("p", (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))), MANY, 0.3
+        )
+        assert fleet.pick([], 1, None, None, 0.3) == picked
 
 
 @pytest.mark.parametrize(("busier", "stays"), [(4.0, True), (6.0, False)])

@@ -3,8 +3,8 @@
 import json
 from random import Random
 
-from picker.cost import STALE, PodLoad, PoolLoad
-from picker.pick import Pick, Picker, Reason
+from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.pick import Pick, Picker, PoolConfig, Reason
 from picker.prefix import chunk_hashes
 from picker.prompt import read_prompt
 from picker.stateless import Ring
@@ -134,6 +134,30 @@ def test_pools_do_not_meet() -> None:
     asked.forget("never known")
     assert asked.pick(other, body("x"), 5.0).pod == first.pod
     assert asked.read_at() == {other: 0.0}
+
+
+def test_settings_and_loads_come_and_go_on_their_own() -> None:
+    """A pool's settings count whichever came first; losing one of the two leaves the other, losing both nothing."""
+    asked, config = Picker(Random(1).random), PoolConfig(POOL, Costs(request_cost=0.0))
+    asked.configure(config)
+    assert asked.pick(POOL, body("x"), 0.0).reason is Reason.STATELESS
+    for settings in (config, None):
+        asked.update(report(), 0.0)
+        assert asked.config(POOL) == settings
+        assert asked._pools[POOL].pool.costs == (config.costs if settings else Costs())
+        assert asked.pick(POOL, body("x"), 0.0).reason is Reason.COST
+        asked.forget(POOL)
+        assert asked.config(POOL) == settings
+        assert asked.pick(POOL, body("x"), 0.0).reason is Reason.STATELESS
+        asked.update(report(), 0.0)
+        asked.unconfigure(POOL)
+        assert asked._pools[POOL].pool.costs == Costs()
+        assert list(asked.read_at()) == [POOL]
+    asked.forget(POOL)
+    asked.configure(config)
+    asked.unconfigure(POOL)
+    asked.unconfigure("never known")
+    assert asked.read_at() == {}
 
 
 def test_the_memory_is_bounded_over_all_pods() -> None:

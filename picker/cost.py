@@ -217,6 +217,15 @@ class Pool:
         """When the freshest report was read from its pod, in seconds; -inf when never."""
         return max((pod.read_at for pod in self._pods.values()), default=-inf)
 
+    def saturated(self, waiting: float, kv_usage: float, now: float) -> bool:
+        """Whether the pods' average of the larger of waiting / `waiting` and KV use / `kv_usage` is 1 or more.
+
+        A pod without a fresh report counts as idle: nobody is refused for what is not known.
+        """
+        loads = [pod.load for pod in self._pods.values() if now - pod.read_at <= STALE]
+        total = sum(max(load.waiting / waiting, load.kv_usage / kv_usage) for load in loads)
+        return bool(loads) and total >= len(self._pods)
+
     def update(self, load: PoolLoad, max_chunks: int, now: float) -> None:
         """Take a report: new pods appear, missing ones are dropped with all that is known of them."""
         known = self._pods

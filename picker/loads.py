@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
+from picker.models import Models, Rule
 from picker.pick import Picker, PoolConfig
 from xds.tls import TlsError, TlsFiles, channel_credentials
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status
@@ -142,11 +143,22 @@ def _load(wire: WirePoolLoad) -> PoolLoad:
 
 
 def _config(wire: WirePoolConfig) -> PoolConfig:
-    given = {field.name: value for field, value in wire.costs.ListFields()}
-    for field, value in given.items():
+    costs, saturation = (
+        {field.name: value for field, value in message.ListFields()} for message in (wire.costs, wire.saturation)
+    )
+    for field, value in (*costs.items(), *saturation.items()):
         if not isfinite(value) or value < 0 or (not value and field != "request_cost"):
             raise ValueError(f"{wire.name}: {field} is {value}")
-    return PoolConfig(wire.name, Costs(**given))
+    rules = {
+        rule.name: Rule(tuple((each.name, each.weight) for each in rule.targets), rule.sheddable, rule.critical)
+        for rule in wire.models
+    }
+    for name, rule in rules.items():
+        if not all(target and weight for target, weight in rule.targets):
+            raise ValueError(f"{wire.name}: model {name!r} has a target without a name or a weight")
+    objectives = {each.name: each.priority for each in wire.objectives}
+    models = Models(rules, wire.closed, objectives, **saturation)
+    return PoolConfig(wire.name, Costs(**costs), picked=not wire.unpicked, models=models)
 
 
 class LoadsClient:

@@ -28,6 +28,9 @@ class PickerMetrics:
             ["kind"],
             registry=r,
         )
+        self.renamed = Counter(
+            "vllm_xds_picker_renamed", "Requests whose model's name was replaced, by pool.", ["pool"], registry=r
+        )
         self.chunks = Gauge("vllm_xds_picker_chunks", "Chunk hashes held for all pods.", registry=r)
         self.connected = Gauge("vllm_xds_picker_server_connected", "1 while the load stream is open.", registry=r)
         self.refused = Counter(

@@ -10,12 +10,13 @@ same one while the hosts are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from picker.cost import DEFAULT_COSTS, Costs, Pool, PoolLoad
+from picker.models import NO_MODELS, SHED, Models, judge
 from picker.prefix import chunk_hashes, hint_hash
-from picker.prompt import read_prompt
+from picker.prompt import MAX_BODY, Prompt, read_prompt
 from picker.stateless import HotPrefixes, Ring
 
 MAX_CHUNKS = 1 << 20  # chunk hashes held for all pods together, some 150 MB
@@ -29,27 +30,36 @@ class Reason(StrEnum):
     STATELESS = "stateless"  # no fresh load of this pool
     UNKEYED = "unkeyed"  # no fresh load, no hint, and too short to be keyed on its own
     UNREADABLE = "unreadable"  # no prompt in the body
+    UNPICKED = "unpicked"  # Envoy balances this pool itself; the picker is asked for its models alone
+    UNKNOWN_MODEL = "unknown-model"  # refused
+    SHED = "shed"  # refused: the pool is saturated, and the request may wait
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
     """`key` is the header value for Envoy, None for none; `pod` the hash key of the pod picked, "" for none.
 
-    `pool` is the cluster's name when the management server named it, else "".
+    `pool` is the cluster's name when the management server named it, else "". The rest is a Verdict's.
     """
 
     key: str | None
     reason: Reason
     pool: str = ""
     pod: str = ""
+    model: str = ""
+    body: bytes | None = None
+    refused: int = 0
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """What the management server says of a pool beside its loads."""
+    """What the management server says of a pool beside its loads; `picked`: a pod is to be picked for its requests."""
 
     name: str
     costs: Costs = DEFAULT_COSTS
+    picked: bool = True
+    models: Models = NO_MODELS
 
 
 class _State:
@@ -127,11 +137,39 @@ class Picker:
             self._pools[name] = _State(self._random, self._pickers)
         return self._pools[name]
 
-    def pick(self, cluster_name: str, body: bytes, now: float, session: str = "") -> Pick:
-        """Decide for one request routed to `cluster_name`; `now` in seconds, `session` the session header's value."""
+    def pick(self, cluster_name: str, body: bytes, now: float, session: str = "", objective: str = "") -> Pick:
+        """Decide for one request routed to `cluster_name`; `now` in seconds.
+
+        `session` and `objective` are the headers' values, "" for none.
+        """
         state = self._pools.get(cluster_name)
+        config = state.config if state is not None else None
+        if state is None or config is None or (config.picked and not config.models):
+            return self._picked(state, cluster_name, read_prompt(body), now, session)
+        models = config.models
+        prompt = read_prompt(body) if config.picked else None
+        verdict = judge(
+            models,
+            body,
+            session,
+            objective,
+            lambda: state.pool.saturated(models.waiting, models.kv_usage, now),
+            prompt.model if prompt is not None and len(body) <= MAX_BODY else None,
+        )
+        if verdict.refused:
+            reason = Reason.SHED if verdict.refused == SHED else Reason.UNKNOWN_MODEL
+            return Pick(None, reason, cluster_name, model=verdict.model, refused=verdict.refused)
+        if config.picked:
+            if prompt is not None and verdict.body is not None:
+                prompt = replace(prompt, model=verdict.model)
+            pick = self._picked(state, cluster_name, prompt, now, session)
+        else:
+            pick = Pick(None, Reason.UNPICKED, cluster_name)
+        return replace(pick, model=verdict.model, body=verdict.body, named=verdict.named)
+
+    def _picked(self, state: _State | None, cluster_name: str, prompt: Prompt | None, now: float, session: str) -> Pick:
+        """The pod, or the key, for a prompt; `state` None: nothing is known of the cluster."""
         pool = cluster_name if state is not None else ""
-        prompt = read_prompt(body)
         if prompt is None:
             return Pick(None, Reason.UNREADABLE, pool)
         hashes, hint = chunk_hashes(prompt), hint_hash(prompt, session)

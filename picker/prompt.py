@@ -69,12 +69,8 @@ def read_prompt(body: bytes) -> Prompt | None:
     jiter bounds what JSON can cost: 200 levels of nesting, 4,300 digits, no lone surrogates. A body that is cut short
     is read as far as it goes.
     """
-    body = body[:MAX_BODY].removeprefix(BOM)
-    try:
-        request = jiter.from_json(body, cache_mode="keys", partial_mode="trailing-strings")
-        text = _text(request) if isinstance(request, dict) else b""
-    except (ValueError, struct.error):  # not JSON; token ids that are none
-        return None
+    request = _parsed(body)
+    text = _text(request)
     if not text:
         return None
     limits = (request.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
@@ -87,6 +83,28 @@ def read_prompt(body: bytes) -> Prompt | None:
     )
 
 
+def read_opening(body: bytes) -> bytes:
+    """The text up to the end of the first message of role `user`: what a conversation's turns share, and others do not.
+
+    All of the text where there is no such message, and the body itself where there is no text.
+    """
+    request = _parsed(body)
+    messages = _messages(request)
+    for i, message in enumerate(messages, 1):
+        if isinstance(message, dict) and message.get("role") == "user":
+            return _text(request | {"messages": messages[:i]})
+    return _text(request) or body
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    """The request in a body, empty when there is none."""
+    try:
+        request = jiter.from_json(body[:MAX_BODY].removeprefix(BOM), cache_mode="keys", partial_mode="trailing-strings")
+    except ValueError:
+        return {}
+    return request if isinstance(request, dict) else {}
+
+
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
@@ -96,7 +114,10 @@ def _text(request: dict[str, Any]) -> bytes:
         return "".join(islice(_conversation(request, messages), MAX_PIECES)).encode()
     prompt = request.get("input") or request.get("prompt")
     batch = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
-    return b"\0".join(map(_completion, batch[:MAX_PIECES]))
+    try:
+        return b"\0".join(map(_completion, batch[:MAX_PIECES]))
+    except struct.error:  # token ids that are none
+        return b""
 
 
 def _messages(request: dict[str, Any]) -> list[Any]:

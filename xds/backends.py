@@ -16,22 +16,21 @@ from xds.model import (
     CORE,
     GATEWAY,
     INFERENCE,
-    INFERENCE_X,
     BackendRef,
     Cluster,
     Config,
     Endpoint,
     EndpointSlice,
     InferencePool,
-    Level,
     Pod,
-    Rejection,
+    PoolModels,
     Service,
     ServicePort,
     authority,
 )
+from xds.models import POOL_GROUPS, PoolKey
 
-POOL_GROUPS = (INFERENCE, INFERENCE_X)
+NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
 METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
 
@@ -51,7 +50,8 @@ def service_cluster_name(namespace: str, name: str, port: int) -> str:
 class Backends:
     """Resolves the backendRefs of one Config; `clusters` fills with what was resolved (mutable, one per resolution)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
+        self._models = models
         self.clusters: dict[str, Cluster] = {}
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
         # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
@@ -82,6 +82,7 @@ class Backends:
         """
         ref = backend.ref
         pods = self._pods[ref.namespace]
+        models = PoolModels()
         if ref.namespace != route_namespace and not self._granted(backend, route_namespace):
             return (
                 "RefNotPermitted",
@@ -93,6 +94,7 @@ class Backends:
                 return "BackendNotFound", f"{ref} does not exist"
             name = pool_cluster_name(ref.namespace, ref.name)
             build = partial(pool_cluster, name, pool, pods)
+            models = self._models.get((ref.namespace, ref.name), models)
         elif ref.kind == "Service" and ref.group == CORE:
             service = self._services.get((ref.namespace, ref.name))
             if service is None:
@@ -106,7 +108,7 @@ class Backends:
         else:
             return "InvalidKind", f"{ref.kind} of group {ref.group!r} is not a Service or an InferencePool"
         if name not in self.clusters:
-            self.clusters[name] = replace(build(), connect_timeout=connect, connection_idle_timeout=idle)
+            self.clusters[name] = replace(build(), models=models, connect_timeout=connect, connection_idle_timeout=idle)
         return self.clusters[name]
 
     def _granted(self, backend: BackendRef, route_namespace: str) -> bool:
@@ -171,23 +173,6 @@ def service_cluster(
         name=name,
         endpoints=_distinct(endpoints),
         http2=port.app_protocol == "kubernetes.io/h2c",
-    )
-
-
-def unserved_targets(config: Config) -> tuple[Rejection, ...]:
-    """Warnings for InferenceModels that ask for what this version does not do: sending another name to the pod."""
-    return tuple(
-        Rejection(
-            model.meta.ref,
-            "UnsupportedValue",
-            f"model names are passed on unchanged: requests for {model.model_name!r} are not renamed to {target!r}",
-            "spec.targetModels",
-            model.meta.source,
-            Level.WARNING,
-        )
-        for model in config.models
-        for target, _ in model.targets
-        if target != model.model_name
     )
 
 

@@ -5,8 +5,7 @@
 - An object whose new document is rejected keeps its previous version, with the rejection.
 - An object no document names any more is gone, unless its file was unreadable, or held a document without a readable
   name: it may be the one that is missing, and a slip of the hand does not take a backend out of service.
-- Of two documents for one object the first in reading order is served; of two InferenceModels for one model name of a
-  pool the oldest (Gateway API's conflict rule).
+- Of two documents for one object the first in reading order is served.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from xds.model import (
     GatewayClass,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Level,
     Object,
@@ -88,7 +89,6 @@ class Index:
     def config(self) -> Config:
         """What to serve: every kind oldest first, the rejections by file and line."""
         ordered = sorted(self.objects.values(), key=lambda each: each.meta.age_key)
-        models, conflicts = _oldest(_of(InferenceModel, ordered))
         return Config(
             gateway_classes=_of(GatewayClass, ordered),
             gateways=_of(Gateway, ordered),
@@ -99,25 +99,15 @@ class Index:
             endpoint_slices=_of(EndpointSlice, ordered),
             pods=_of(Pod, ordered),
             pools=_of(InferencePool, ordered),
-            models=models,
-            rejections=tuple(sorted([*self.rejections, *conflicts], key=_order)),
+            models=_of(InferenceModel, ordered),
+            rewrites=_of(InferenceModelRewrite, ordered),
+            objectives=_of(InferenceObjective, ordered),
+            rejections=tuple(sorted(self.rejections, key=_order)),
         )
 
 
 def _of(kind: type[T], objects: Iterable[object]) -> tuple[T, ...]:
     return tuple(each for each in objects if isinstance(each, kind))
-
-
-def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection]]:
-    """The first model, in age order, for each model name of a pool, and a rejection for each other one."""
-    served: dict[tuple[ObjectRef, str], InferenceModel] = {}
-    conflicts = []
-    for model in models:
-        winner = served.setdefault((model.pool, model.model_name), model)
-        if winner is not model:
-            message = f"{winner.meta.ref} is older and has this model name in {model.pool}"
-            conflicts.append(Rejection(model.meta.ref, "Conflicted", message, "spec.modelName", model.meta.source))
-    return tuple(served.values()), conflicts
 
 
 def _kept(rejection: Rejection) -> Rejection:

@@ -15,6 +15,7 @@ from xds.model import Meta, PoolSettings
 PREFIX = "vllm-xds/"
 
 _INTEGER = re.compile(r"[0-9]{1,9}")
+_SHARE = re.compile(r"[01](\.[0-9]{1,9})?")
 _OWN_HEADERS = re.compile(r"x-vllm-.*|x-gateway-model-name")  # a client's are dropped before anything reads them
 
 
@@ -56,6 +57,12 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def _share(text: str) -> float:
+    if not _SHARE.fullmatch(text) or not 0 < float(text) <= 1:
+        raise ValueError("a number above 0, up to 1")
+    return float(text)
+
+
 # Annotation without its prefix -> what reads it, or raises a ValueError that says what it expects. The names are
 # PoolSettings' fields, with dashes.
 _SETTINGS: Mapping[str, Callable[[str], Any]] = {
@@ -64,4 +71,6 @@ _SETTINGS: Mapping[str, Callable[[str], Any]] = {
     "output-tokens": _integer(1, 1_000_000),
     "prefill-rate": _integer(1, 10_000_000),
     "request-cost": _integer(0, 1_000_000),
+    "shed-waiting": _integer(1, 1_000_000),
+    "shed-kv-usage": _share,
 }

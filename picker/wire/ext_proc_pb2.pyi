@@ -45,9 +45,23 @@ class ProcessingRequest(_message.Message):
     attributes: _containers.MessageMap[str, _struct_pb2.Struct]
     def __init__(self, request_body: _Optional[_Union[HttpBody, _Mapping]] = ..., metadata_context: _Optional[_Union[MetadataContext, _Mapping]] = ..., attributes: _Optional[_Mapping[str, _struct_pb2.Struct]] = ...) -> None: ...
 
+class BodyMutation(_message.Message):
+    __slots__ = ("body",)
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    body: bytes
+    def __init__(self, body: _Optional[bytes] = ...) -> None: ...
+
+class CommonResponse(_message.Message):
+    __slots__ = ("body_mutation",)
+    BODY_MUTATION_FIELD_NUMBER: _ClassVar[int]
+    body_mutation: BodyMutation
+    def __init__(self, body_mutation: _Optional[_Union[BodyMutation, _Mapping]] = ...) -> None: ...
+
 class BodyResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("response",)
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    response: CommonResponse
+    def __init__(self, response: _Optional[_Union[CommonResponse, _Mapping]] = ...) -> None: ...
 
 class ProcessingResponse(_message.Message):
     __slots__ = ("request_body", "dynamic_metadata")

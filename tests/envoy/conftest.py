@@ -156,11 +156,11 @@ class Gateway:
         await self._stack.enter_async_context(self.envoy)
         await self.envoy.ready(BOUND)
 
-    async def start_picker(self, *options: str) -> None:
+    async def start_picker(self, *options: str, until: str = "server connected") -> None:
         self.picker = await self._start_process(
             *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
             *("--metrics-address", "127.0.0.1:0", *options),
-            until="server connected",
+            until=until,
         )
 
     async def start_server_process(self, *options: str, until: str = "client connected") -> asyncio.subprocess.Process:

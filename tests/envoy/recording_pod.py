@@ -15,23 +15,26 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A request as it came to a pod; header names in lower case."""
+    """A request as it came to a pod; header names in lower case, `body` only where the pod keeps it."""
 
     pod: str
     path: str
     headers: dict[str, str]
+    body: bytes = b""
 
 
 class RecordingPod(SimulatedPod):
-    """A simulated pod that notes the head of what it is sent, the gateway's own requests aside."""
+    """A simulated pod that notes the head of what it is sent, the gateway's own requests aside; on demand all of it."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
+    def __init__(self, *args: Any, keep_bodies: bool = False, **more: Any) -> None:
         super().__init__(*args, **more)
+        self._keep_bodies = keep_bodies
         self.received: list[Received] = []
 
     @web.middleware
     async def _front(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in ("/health", "/metrics"):
             headers = {name.lower(): value for name, value in request.headers.items()}
-            self.received.append(Received(self.name, request.raw_path, headers))
+            body = await request.read() if self._keep_bodies else b""
+            self.received.append(Received(self.name, request.raw_path, headers, body))
         return await super()._front(request, handler)

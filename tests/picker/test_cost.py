@@ -178,6 +178,37 @@ def test_a_restart_forgets(change: dict[str, Any]) -> None:
     assert send(fleet, path("x", 10)) == "a"  # no backlog, no sends: cheaper than b
 
 
+@pytest.mark.parametrize(
+    ("loads", "saturated"),
+    [
+        ([(5.0, 0.0)], True),
+        ([(4.9, 0.79)], False),
+        ([(0.0, 0.8)], True),
+        ([(0.0, 0.8), (5.0, 0.1)], True),  # the larger of the two, each
+        ([(10.0, 0.0), (0.0, 0.0)], True),  # the average: 2 and 0
+        ([(9.0, 0.0), (0.0, 0.0)], False),
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.2)], True),  # 3 * 1.25 + 0.25 of 4
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.1)], False),
+        ([], False),
+    ],
+)
+def test_a_saturated_pool(loads: list[tuple[float, float]], saturated: bool) -> None:
+    """The average over the pods of max(waiting / 5, KV use / 0.8), from 1 on."""
+    fleet = pool(*(replace(POD, hash_key=str(i), waiting=w, kv_usage=kv) for i, (w, kv) in enumerate(loads)))
+    assert fleet.saturated(5.0, 0.8, 0.0) is saturated
+
+
+def test_what_is_not_known_saturates_no_pool() -> None:
+    """A pod without a fresh report counts as idle: with all of them stale, or never read, nobody is refused."""
+    full = [replace(POD, hash_key=name, waiting=50.0) for name in "abc"]
+    assert pool(*full).saturated(5.0, 0.8, STALE)
+    assert not pool(*full).saturated(5.0, 0.8, STALE + 0.1)
+    assert not pool(*(replace(pod, age=-1.0) for pod in full)).saturated(5.0, 0.8, 0.0)
+    half = [replace(full[0], waiting=9.0), replace(full[1], age=STALE + 1)]
+    assert not pool(*half).saturated(5.0, 0.8, 0.0)  # 1.8 and unknown: 0.9
+    assert pool(replace(half[0], waiting=10.0), half[1]).saturated(5.0, 0.8, 0.0)
+
+
 def test_no_fresh_report_no_pick() -> None:
     """Older than STALE, never read, or no pods at all: the caller falls back."""
     assert send(pool(POD), [], STALE) == "a"

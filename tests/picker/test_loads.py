@@ -13,12 +13,14 @@ from structlog.testing import capture_logs
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
 from picker.loads import CONFIG, LOAD, METHOD, LoadsClient, Subscription, decode, watch
 from picker.metrics import PickerMetrics
+from picker.models import Models, Rule
 from picker.pick import Picker, PoolConfig
 from xds.wire import discovery_pb2 as wire
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
 from xds.wire.load_pb2 import EndpointLoad
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
 from xds.wire.pool_config_pb2 import Costs as WireCosts
+from xds.wire.pool_config_pb2 import ModelRule, Objective, Saturation, Target
 from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
 
 POOL = "pool/default/qwen"
@@ -228,6 +230,42 @@ async def test_settings_are_taken_and_taken_back() -> None:
         await server.request()
         assert follower.picker.config(POOL) is None
         assert list(follower.picker.read_at()) == ["other"]
+
+
+def test_models_arrive() -> None:
+    """Every rule with its targets, the objectives, and what saturates the pool; the defaults where nothing is said."""
+    wire_config = WirePoolConfig(
+        name=POOL,
+        unpicked=True,
+        models=[
+            ModelRule(name="m", targets=[Target(name="a", weight=9), Target(name="b", weight=1)]),
+            ModelRule(name="n", sheddable=True),
+            ModelRule(name="", critical=True),
+        ],
+        closed=True,
+        objectives=[Objective(name="low", priority=-1)],
+        saturation=Saturation(waiting=7.0),
+    )
+    made = wire.Any(type_url=CONFIG, value=wire_config.SerializeToString())
+    rules = {"m": Rule((("a", 9), ("b", 1))), "n": Rule(sheddable=True), "": Rule(critical=True)}
+    config = PoolConfig(POOL, picked=False, models=Models(rules, True, {"low": -1}, waiting=7.0))
+    assert decode(Resource(name=POOL, resource=made), CONFIG) == config
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"saturation": Saturation(waiting=0.0)},
+        {"saturation": Saturation(kv_usage=nan)},
+        {"models": [ModelRule(name="m", targets=[Target(name="a")])]},
+        {"models": [ModelRule(name="m", targets=[Target(weight=1)])]},
+    ],
+)
+def test_impossible_models_are_refused(bad: dict[str, Any]) -> None:
+    """No weight to share by, no name to ask for, nothing to compare a load with."""
+    made = wire.Any(type_url=CONFIG, value=WirePoolConfig(name=POOL, **bad).SerializeToString())
+    with pytest.raises(ValueError, match=POOL):
+        decode(Resource(name=POOL, resource=made), CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from random import Random
 
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.models import Models, Rule
 from picker.pick import Pick, Picker, PoolConfig, Reason
 from picker.prefix import chunk_hashes
 from picker.prompt import read_prompt
@@ -158,6 +159,75 @@ def test_settings_and_loads_come_and_go_on_their_own() -> None:
     asked.unconfigure(POOL)
     asked.unconfigure("never known")
     assert asked.read_at() == {}
+
+
+def asking(models: Models, *, picked: bool = True, loads: PoolLoad | None = None) -> Picker:
+    """A picker of one pool with these models."""
+    made = Picker(Random(1).random)
+    made.configure(PoolConfig(POOL, picked=picked, models=models))
+    made.update(loads or report(), 0.0)
+    return made
+
+
+RENAMING = Models({"m": Rule((("lora", 1),)), "n": Rule()}, closed=True)
+
+
+def test_a_renamed_request_is_picked_by_its_new_name() -> None:
+    """Hashed as what the pod is asked for: it shares its prefix with requests that name the target, not the alias."""
+    pick = asking(RENAMING).pick(POOL, body("x"), 0.0)
+    assert (pick.reason, pick.key, pick.named) == (Reason.COST, f"{pick.pod}_0", True)
+    assert pick.body == body("x").replace(b'"model": "m"', b'"model": "lora"')
+    for name, same in (("lora", True), ("m", False)):
+        prompt = read_prompt(body("x").replace(b'"model": "m"', b'"model": "%s"' % name.encode()))
+        assert prompt is not None
+        stateless = asking(RENAMING).pick(POOL, body("x"), STALE + 1)
+        assert (stateless.key == chunk_hashes(prompt)[0].hex()) is same
+
+
+def test_an_unchanged_request_says_that_it_was_looked_at() -> None:
+    """Its body is not sent back; one that can not be looked at does not say so, and is picked all the same."""
+    asked = asking(RENAMING)
+    pick = asked.pick(POOL, body("x").replace(b'"m"', b'"n"', 1), 0.0)
+    assert (pick.reason, pick.named, pick.body) == (Reason.COST, True, None)
+    unread = asked.pick(POOL, body("x").replace(b'"m"', b'"\\ud800"', 1), 0.0)
+    assert (unread.named, unread.body, unread.refused) == (False, None, 0)
+    assert asked.pick(POOL, b"not json", 0.0) == Pick(None, Reason.UNREADABLE, POOL, named=True)
+
+
+def test_a_pool_that_is_not_picked_is_asked_for_its_models_alone() -> None:
+    """No key, no memory: Envoy balances by itself. Names are seen to."""
+    asked = asking(RENAMING, picked=False)
+    pick = asked.pick(POOL, body("x"), 0.0)
+    assert (pick.reason, pick.key, pick.named, pick.model) == (Reason.UNPICKED, None, True, "lora")
+    assert pick.body is not None
+    assert asked.chunks == 0
+    assert asking(Models(), picked=False).pick(POOL, body("x"), 0.0) == Pick(
+        None, Reason.UNPICKED, POOL, model="m", named=True
+    )
+
+
+def test_refusals() -> None:
+    """An unknown model, and a sheddable request of a saturated pool: no pod is picked, none is charged for it."""
+    full = PoolLoad(POOL, (PodLoad("default/a", waiting=50.0), PodLoad("default/b", waiting=50.0)))
+    shedding = Models({"m": Rule(sheddable=True)}, closed=True, objectives={"low": -1})
+    for asked in (asking(shedding, loads=full), asking(shedding, loads=full, picked=False)):
+        assert asked.pick(POOL, body("x"), 0.0) == Pick(None, Reason.SHED, POOL, model="m", refused=429)
+        unknown = body("x").replace(b'"m"', b'"x"', 1)
+        assert asked.pick(POOL, unknown, 0.0) == Pick(None, Reason.UNKNOWN_MODEL, POOL, model="x", refused=404)
+        assert asked.pick(POOL, body("x"), 0.0, "", "high").refused == 429  # no such objective
+        assert asked.pick(POOL, body("x"), STALE + 1).refused == 0
+        asked.update(report(), 2.0)
+        assert asked.pick(POOL, body("x"), 2.0).refused == 0
+        asked.unconfigure(POOL)
+        assert asked.pick(POOL, unknown, 2.0).reason is Reason.COST
+
+
+def test_thresholds_are_the_pools() -> None:
+    """What saturates a pool is its operator's to say."""
+    loads = PoolLoad(POOL, (PodLoad("default/a", waiting=6.0, kv_usage=0.5),))
+    for waiting, kv_usage, refused in ((5.0, 0.8, 429), (7.0, 0.8, 0), (7.0, 0.5, 429)):
+        models = Models({"m": Rule(sheddable=True)}, waiting=waiting, kv_usage=kv_usage)
+        assert asking(models, loads=loads).pick(POOL, body("x"), 0.0).refused == refused
 
 
 def test_the_memory_is_bounded_over_all_pods() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picker.prompt import MAX_BODY, MAX_PIECES, MEDIA_TOKENS, Prompt, read_prompt
+from picker.prompt import MAX_BODY, MAX_PIECES, MEDIA_TOKENS, Prompt, read_opening, read_prompt
 
 KEYS = st.sampled_from(
     ["model", "messages", "prompt", "input", "tools", "system", "role", "content", "text", "type", "max_tokens"]
@@ -206,6 +206,30 @@ def test_a_cut_body_is_read_as_far_as_it_goes() -> None:
     assert long is not None
     assert MAX_BODY - 30 < len(long.text) < MAX_BODY
     assert long.max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "opening"),
+    [
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}, b"\0system\0s\0user\0u"),
+        ({"messages": [{"role": "user", "content": "u"}, {"role": "user", "content": "v"}], "system": "s"},
+         b"\0system\0s\0user\0u"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, b"\0assistant\0a"),
+        ({"input": "u", "instructions": "s"}, b"\0system\0s\0user\0u"),
+        ({"input": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}, b"\0user\0u"),
+        ({"prompt": "all of it"}, b"all of it"),
+        ({"query": "q"}, b'{"query": "q"}'),
+    ],
+)  # fmt: skip
+def test_an_opening_ends_with_the_first_message_of_a_user(request_: dict[str, Any], opening: bytes) -> None:
+    """What a conversation's turns share; all of the text where there are no turns, the body where there is none."""
+    assert read_opening(json.dumps(request_).encode()) == opening
+
+
+def test_the_opening_of_what_is_no_request() -> None:
+    """Its bytes."""
+    for body in (b"", b"hello", b"[]", b'{"prompt":[-1]}'):
+        assert read_opening(body) == body
 
 
 @pytest.mark.parametrize(

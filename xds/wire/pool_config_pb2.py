@@ -24,15 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1axds/wire/pool_config.proto\x12\x0bvllm_xds.v1\"=\n\nPoolConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05\x63osts\x18\x02 \x01(\x0b\x32\x12.vllm_xds.v1.Costs\"\x8d\x01\n\x05\x43osts\x12\x1a\n\routput_tokens\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cprefill_rate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0crequest_cost\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_output_tokensB\x0f\n\r_prefill_rateB\x0f\n\r_request_costb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1axds/wire/pool_config.proto\x12\x0bvllm_xds.v1\"\xe0\x01\n\nPoolConfig\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x05\x63osts\x18\x02 \x01(\x0b\x32\x12.vllm_xds.v1.Costs\x12\x10\n\x08unpicked\x18\x03 \x01(\x08\x12&\n\x06models\x18\x04 \x03(\x0b\x32\x16.vllm_xds.v1.ModelRule\x12\x0e\n\x06\x63losed\x18\x05 \x01(\x08\x12*\n\nobjectives\x18\x06 \x03(\x0b\x32\x16.vllm_xds.v1.Objective\x12+\n\nsaturation\x18\x07 \x01(\x0b\x32\x17.vllm_xds.v1.Saturation\"d\n\tModelRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x07targets\x18\x02 \x03(\x0b\x32\x13.vllm_xds.v1.Target\x12\x11\n\tsheddable\x18\x03 \x01(\x08\x12\x10\n\x08\x63ritical\x18\x04 \x01(\x08\"&\n\x06Target\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\"+\n\tObjective\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\"R\n\nSaturation\x12\x14\n\x07waiting\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08kv_usage\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_waitingB\x0b\n\t_kv_usage\"\x8d\x01\n\x05\x43osts\x12\x1a\n\routput_tokens\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cprefill_rate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0crequest_cost\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_output_tokensB\x0f\n\r_prefill_rateB\x0f\n\r_request_costb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'xds.wire.pool_config_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLCONFIG']._serialized_start=43
-  _globals['_POOLCONFIG']._serialized_end=104
-  _globals['_COSTS']._serialized_start=107
-  _globals['_COSTS']._serialized_end=248
+  _globals['_POOLCONFIG']._serialized_start=44
+  _globals['_POOLCONFIG']._serialized_end=268
+  _globals['_MODELRULE']._serialized_start=270
+  _globals['_MODELRULE']._serialized_end=370
+  _globals['_TARGET']._serialized_start=372
+  _globals['_TARGET']._serialized_end=410
+  _globals['_OBJECTIVE']._serialized_start=412
+  _globals['_OBJECTIVE']._serialized_end=455
+  _globals['_SATURATION']._serialized_start=457
+  _globals['_SATURATION']._serialized_end=539
+  _globals['_COSTS']._serialized_start=542
+  _globals['_COSTS']._serialized_end=683
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,7 @@ from picker.stateless import HotPrefixes, Ring
 
 MAX_CHUNKS = 1 << 20  # chunk hashes held for all pods together, some 150 MB
 UNKNOWN_PODS = 8  # assumed of a pool whose pods are unknown
+SERVICE = "service/"  # what the name of a cluster begins with that is no pool, and so has no models
 
 
 class Reason(StrEnum):
@@ -39,7 +40,8 @@ class Reason(StrEnum):
 class Pick:
     """`key` is the header value for Envoy, None for none; `pod` the hash key of the pod picked, "" for none.
 
-    `pool` is the cluster's name when the management server named it, else "". The rest is a Verdict's.
+    `pool` is the cluster's name when the management server named it, else "". The rest is a Verdict's, `named` also for
+    a cluster that has no models.
     """
 
     key: str | None
@@ -145,7 +147,8 @@ class Picker:
         state = self._pools.get(cluster_name)
         config = state.config if state is not None else None
         if state is None or config is None or (config.picked and not config.models):
-            return self._picked(state, cluster_name, read_prompt(body), now, session)
+            named = config is not None or cluster_name.startswith(SERVICE)
+            return self._picked(state, cluster_name, read_prompt(body), now, session, named=named)
         models = config.models
         prompt = read_prompt(body) if config.picked else None
         verdict = judge(
@@ -162,16 +165,25 @@ class Picker:
         if config.picked:
             if prompt is not None and verdict.body is not None:
                 prompt = replace(prompt, model=verdict.model)
-            pick = self._picked(state, cluster_name, prompt, now, session)
+            pick = self._picked(state, cluster_name, prompt, now, session, named=verdict.named)
         else:
-            pick = Pick(None, Reason.UNPICKED, cluster_name)
-        return replace(pick, model=verdict.model, body=verdict.body, named=verdict.named)
+            pick = Pick(None, Reason.UNPICKED, cluster_name, named=verdict.named)
+        return replace(pick, model=verdict.model, body=verdict.body)
 
-    def _picked(self, state: _State | None, cluster_name: str, prompt: Prompt | None, now: float, session: str) -> Pick:
+    def _picked(
+        self,
+        state: _State | None,
+        cluster_name: str,
+        prompt: Prompt | None,
+        now: float,
+        session: str,
+        *,
+        named: bool,
+    ) -> Pick:
         """The pod, or the key, for a prompt; `state` None: nothing is known of the cluster."""
         pool = cluster_name if state is not None else ""
         if prompt is None:
-            return Pick(None, Reason.UNREADABLE, pool)
+            return Pick(None, Reason.UNREADABLE, pool, named=named)
         hashes, hint = chunk_hashes(prompt), hint_hash(prompt, session)
         path = [hint, *hashes] if hint is not None else hashes
         if state is None:
@@ -181,7 +193,7 @@ class Picker:
             primary = state.ring.primary(stateless) if stateless is not None else None
             pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint, prompt.model)
             if pod is not None:
-                return Pick(f"{pod}_0", Reason.COST, pool, pod)
+                return Pick(f"{pod}_0", Reason.COST, pool, pod, named=named)
         if stateless is None:
-            return Pick(None, Reason.UNKEYED, pool)
-        return Pick(stateless.hex(), Reason.STATELESS, pool)
+            return Pick(None, Reason.UNKEYED, pool, named=named)
+        return Pick(stateless.hex(), Reason.STATELESS, pool, named=named)

@@ -186,4 +186,6 @@ def _part(part: Any) -> Iterator[str]:
 
 def _without(value: Any, *names: str) -> Any:
     """`value` without these fields, if it is an object."""
-    return {name: of for name, of in value.items() if name not in names} if isinstance(value, dict) else value
+    if isinstance(value, dict) and not value.keys().isdisjoint(names):
+        return {name: of for name, of in value.items() if name not in names}
+    return value

@@ -51,6 +51,7 @@ spec:
   - {{name: balanced, protocol: HTTP, port: {balanced}}}
   - {{name: shared, protocol: HTTP, port: {shared}}}
   - {{name: every, protocol: HTTP, port: {every}}}
+  - {{name: mixed, protocol: HTTP, port: {mixed}}}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -93,6 +94,27 @@ metadata: {{name: every}}
 spec:
   parentRefs: [{{name: gw, sectionName: every}}]
   rules: [{{backendRefs: [{{group: inference.networking.k8s.io, kind: InferencePool, name: every}}]}}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: mixed}}
+spec:
+  parentRefs: [{{name: gw, sectionName: mixed}}]
+  rules:
+  - backendRefs:
+    - {{group: inference.networking.x-k8s.io, kind: InferencePool, name: balanced}}
+    - {{group: inference.networking.k8s.io, kind: InferencePool, name: plain}}
+    - {{name: qwen, port: 8000}}
+---
+apiVersion: inference.networking.k8s.io/v1
+kind: InferencePool
+metadata: {{name: plain}}
+spec: {{selector: {{matchLabels: {{app: qwen}}}}, targetPorts: [{{number: {port}}}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: qwen}}
+spec: {{selector: {{app: qwen}}, ports: [{{port: 8000, targetPort: {port}}}]}}
 ---
 apiVersion: inference.networking.k8s.io/v1
 kind: InferencePool
@@ -324,7 +346,7 @@ async def pools(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pools
         config = EngineConfig(max_num_seqs=4)
         await gateway.start_pods(3, config, partial(RecordingPod, adapters=("code", "chat", "sql"), keep_bodies=True))
         gateway.config.mkdir()
-        ports = {name: free_port() for name in (*PORTS, "every")}
+        ports = {name: free_port() for name in (*PORTS, "every", "mixed")}
         (gateway.config / "objects.yaml").write_text(OBJECTS.format(port=gateway.pod_port, **ports))
         for pod in gateway.pods:
             gateway.write_pod(pod)
@@ -439,6 +461,14 @@ async def test_a_model_is_renamed_by_bytes(pools: Pools, port: str) -> None:
             assert json.loads(answer.body)["model"] == "code"  # the answer is the pod's, byte for byte
     same = await pools.ask(port, request(QWEN))
     assert (same.status, same.sent.body) == (200, request(QWEN))
+
+
+async def test_a_share_without_models_is_sent_on(pools: Pools) -> None:
+    """Of a route whose other share is renamed, be it a pool's or a Service's: the picker says that there is nothing to
+    see to."""
+    await pools.use("informed")
+    sent = Counter([(await pools.ask("mixed", request(CODER))).sent.body for _ in range(24)])
+    assert set(sent) == {request("code"), request(CODER)}
 
 
 async def test_a_rule_for_every_name(pools: Pools) -> None:

@@ -194,6 +194,18 @@ def test_an_unchanged_request_says_that_it_was_looked_at() -> None:
     assert asked.pick(POOL, b"not json", 0.0) == Pick(None, Reason.UNREADABLE, POOL, named=True)
 
 
+def test_a_cluster_without_models_has_been_seen_to() -> None:
+    """A route may share requests between a pool that renames and one that does not, or a Service; of a pool it was told
+    nothing of the picker can not say so."""
+    asked = asking(Models())
+    assert asked.pick(POOL, body("x"), 0.0).named
+    assert asked.pick("service/default/web/80", body("x"), 0.0).named
+    assert asked.pick("service/default/web/80", b"", 0.0) == Pick(None, Reason.UNREADABLE, named=True)
+    assert not asked.pick("pool/default/other", body("x"), 0.0).named
+    asked.unconfigure(POOL)
+    assert not asked.pick(POOL, body("x"), 0.0).named
+
+
 def test_a_pool_that_is_not_picked_is_asked_for_its_models_alone() -> None:
     """No key, no memory: Envoy balances by itself. Names are seen to."""
     asked = asking(RENAMING, picked=False)

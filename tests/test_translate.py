@@ -27,11 +27,13 @@ from tests.objects import (
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
-from xds.model import Cluster, Endpoint, Strategy, Topology
+from xds.model import Cluster, Endpoint, PoolSettings, Strategy, Topology
+from xds.pools import pool_config
 from xds.resolve import resolve
 from xds.snapshot import Snapshot, missing
 from xds.translate import reweigh, translate, with_loads
 from xds.weights import BASE
+from xds.wire import pool_config_pb2 as pb
 
 LLM = backend("llm", "InferencePool", port=0)
 OBJECTS = (gateway_class(), gateway(), service(), pool(), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"))
@@ -108,6 +110,7 @@ def test_a_snapshot_has_what_the_topology_has() -> None:
         "Cluster": [POOL.name, WEB.name, PICKER_CLUSTER],
         "ClusterLoadAssignment": [POOL.name, WEB.name],
         "Secret": [],
+        "PoolConfig": [POOL.name],
         "PoolLoad": [],
     }
     assert missing(snapshot) == ()
@@ -149,6 +152,17 @@ def test_pool_loads_replace_those_before() -> None:
     assert list(before.resources[types.POOL_LOAD]) == ["a", "b"]
     assert list(after.resources[types.POOL_LOAD]) == ["b"]
     assert after.resources[types.CLUSTER] is before.resources[types.CLUSTER]
+
+
+def test_each_pool_has_its_config() -> None:
+    """And no Service has one; what is set of a pool is in it, and touches nothing of Envoy's but the pool's cluster."""
+    pool = replace(POOL, strategy=Strategy.PREFIX_CACHE)
+    tuned = replace(pool, settings=PoolSettings(hash_balance_factor=150, request_cost=0))
+    before, after = (snapshot_of(replace(TOPOLOGY, clusters=(each, WEB))) for each in (pool, tuned))
+    assert list(before.resources[types.POOL_CONFIG]) == [POOL.name]
+    assert pb.PoolConfig.FromString(pool_config(tuned)).costs == pb.Costs(request_cost=0)
+    changed = {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]}
+    assert changed == {"PoolConfig", "Cluster"}
 
 
 def test_a_change_of_routes_does_not_touch_the_listener() -> None:

@@ -6,8 +6,7 @@
 - An object whose new document is rejected keeps its previous version, with the rejection.
 - An object no document names any more is gone, unless its file was unreadable, or held a document without a readable
   name: it may be the one that is missing, and a slip of the hand does not take a backend out of service.
-- Of two documents for one object the first in reading order is served; of two InferenceModels for one model name of a
-  pool the oldest (Gateway API's conflict rule).
+- Of two documents for one object the first in reading order is served.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from xds.model import (
     GatewayClass,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Level,
     Namespace,
@@ -162,7 +163,6 @@ class _Of(Protocol):
 
 
 def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
-    models, conflicts = _oldest(of(InferenceModel))
     return Config(
         gateway_classes=of(GatewayClass),
         gateways=of(Gateway),
@@ -175,25 +175,15 @@ def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
         namespaces=of(Namespace),
         secrets=of(Secret),
         pools=of(InferencePool),
-        models=models,
-        rejections=tuple(sorted([*rejections, *conflicts], key=_order)),
+        models=of(InferenceModel),
+        rewrites=of(InferenceModelRewrite),
+        objectives=of(InferenceObjective),
+        rejections=tuple(sorted(rejections, key=_order)),
     )
 
 
 def _age_key(each: Object) -> tuple[bool, str, str]:
     return each.meta.age_key
-
-
-def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection]]:
-    """The first model, in age order, for each model name of a pool, and a rejection for each other one."""
-    served: dict[tuple[ObjectRef, str], InferenceModel] = {}
-    conflicts = []
-    for model in models:
-        winner = served.setdefault((model.pool, model.model_name), model)
-        if winner is not model:
-            message = f"{winner.meta.ref} is older and has this model name in {model.pool}"
-            conflicts.append(Rejection(model.meta.ref, "Conflicted", message, "spec.modelName", model.meta.source))
-    return tuple(served.values()), conflicts
 
 
 def _kept(rejection: Rejection) -> Rejection:

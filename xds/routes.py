@@ -1,6 +1,7 @@
 """The virtual hosts of a port -> Envoy's RouteConfiguration (pure).
 
-A route to a PREFIX_CACHE pool switches the picker's filters on (see xds/listeners.py); all other routes pass them by.
+A route switches on the filters that it needs (see xds/listeners.py): those of the picker for a PREFIX_CACHE pool, or
+for models that only the picker can serve as asked. All other routes pass them by.
 Where a virtual host matches on the body's model (header X-Gateway-Model-Name), the body has to be read before the route
 is known, so all its routes share the filters and those not to be picked opt out of the picker alone.
 """
@@ -8,7 +9,8 @@ is known, so all its routes share the filters and those not to be picked opt out
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import count
 
 from envoy_data_plane.envoy.config.core.v3 import (
     DataSource,
@@ -56,14 +58,19 @@ from xds.envoy import (
     BUFFER,
     EXT_PROC,
     HEADER_MUTATION,
+    HEADER_TO_METADATA,
     JSON_TO_METADATA,
     MODEL_HEADER,
     MODEL_KEY,
     MODEL_NAMESPACE,
     PICK_HEADER,
+    SET_FILTER_STATE,
+    SWITCHED,
     seconds,
+    told_headers,
 )
 from xds.model import Filters, Forward, MatchType, PathModifier, RequestRedirect, Respond, ValueMatch
+from xds.refusals import refused, unnamed
 
 INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its share of the requests is answered with 500
 LLM_IDLE_TIMEOUT = (
@@ -103,22 +110,37 @@ def _virtual_host(source: model.VirtualHost, port: int, *, tls: bool) -> Virtual
     host = VirtualHost(
         name=source.hostname,
         domains=[source.hostname],
-        routes=[_route(route, source.hostname, port, by_model=by_model, tls=tls) for route in source.routes],
+        routes=[each for r in source.routes for each in _routes(r, source.hostname, port, by_model=by_model, tls=tls)],
     )
     if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
         host.request_body_buffer_limit = BODY_LIMIT
+    if any(isinstance(route.action, Forward) and route.action.refuses for route in source.routes):
+        host.routes[:0] = refused()
     if by_model:
-        host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
+        needed = {JSON_TO_METADATA, HEADER_MUTATION}.union(*(_needs(route.action) for route in source.routes))
+        host.typed_per_filter_config = _switched_on(needed)
         host.routes.insert(0, _unsendable_model())
-        # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
-        host.routes.append(
-            Route(
-                name="no-match",
-                match=RouteMatch(prefix="/"),
-                direct_response=DirectResponseAction(status=404),
-            )
-        )
+        host.routes.append(_no_match())
     return host
+
+
+def _no_match() -> Route:
+    """Answers 404. Without any route at first sight Envoy would not read the body, and so never find one by its model.
+
+    A route to nowhere: behind a direct response Envoy would read no more than its own 1 MiB of a body.
+    """
+    action = RouteAction(
+        cluster=INVALID_BACKEND, cluster_not_found_response_code=RouteActionClusterNotFoundResponseCode.NOT_FOUND
+    )
+    return Route(name="no-match", match=RouteMatch(prefix="/"), route=action, typed_per_filter_config=_unasked())
+
+
+def _unasked() -> dict[str, Any]:
+    """Switches the picker off again for one route of a virtual host that has it on."""
+    return {
+        EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
+        BUFFER: Any.pack(BufferPerRoute(disabled=True)),
+    }
 
 
 def _unsendable_model() -> Route:
@@ -132,14 +154,37 @@ def _unsendable_model() -> Route:
     )
 
 
-def _switched_on(*filters: str) -> dict[str, Any]:
-    return {name: Any.pack(FilterConfig(config=Any())) for name in filters}
+def _needs(action: object) -> set[str]:
+    """The filters to be switched on for a route."""
+    if not isinstance(action, Forward):
+        return set()
+    needs = {
+        JSON_TO_METADATA: bool(action.renames),
+        HEADER_TO_METADATA: bool(action.session_headers) or action.objectives,
+        EXT_PROC: action.asked,
+        BUFFER: action.asked,
+        SET_FILTER_STATE: action.refuses or bool(action.renames),
+        HEADER_MUTATION: action.picked,
+    }
+    return {name for name, needed in needs.items() if needed}
+
+
+def _switched_on(filters: Collection[str]) -> dict[str, Any]:
+    return {name: Any.pack(FilterConfig(config=Any())) for name in SWITCHED if name in filters}
+
+
+def _routes(source: model.Route, hostname: str, port: int, *, by_model: bool, tls: bool) -> list[Route]:
+    """The route, behind those that answer for it what it is not to send on."""
+    route = _route(source, hostname, port, by_model=by_model, tls=tls)
+    if not isinstance(source.action, Forward):
+        return [route]
+    matches = (_match(source.match) for _ in count())
+    return [*unnamed(source.name, matches, source.action.renames), route]
 
 
 def _route(source: model.Route, hostname: str, port: int, *, by_model: bool, tls: bool) -> Route:
     route = Route(name=source.name, match=_match(source.match))
     _modify_headers(route, source.filters)
-    picked = isinstance(source.action, Forward) and source.action.picked
     match source.action:
         case RequestRedirect() as redirect:
             route.redirect = _redirect(redirect, source.match, hostname, port, tls=tls)
@@ -149,13 +194,14 @@ def _route(source: model.Route, hostname: str, port: int, *, by_model: bool, tls
             route.direct_response = DirectResponseAction(status=status, body=body)
         case Forward() as forward:
             route.route = _forward(forward, source.match)
-    if picked and not by_model:
-        route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
-    elif by_model and not picked:
-        route.typed_per_filter_config = {
-            EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
-            BUFFER: Any.pack(BufferPerRoute(disabled=True)),
-        }
+    needs = _needs(source.action)
+    filters = {} if by_model else _switched_on(needs)
+    if by_model and EXT_PROC not in needs:
+        filters = _unasked()
+    if isinstance(source.action, Forward) and source.action.session_headers:
+        filters[HEADER_TO_METADATA] = Any.pack(told_headers(source.action.session_headers))
+    if filters:
+        route.typed_per_filter_config = filters
     return route
 
 

@@ -31,7 +31,8 @@ from xds.status import DEFAULT_ADDRESS, serve_status
 
 EPILOG = """\
 The objects are Gateway API's and the inference extension's: GatewayClass, Gateway, HTTPRoute, InferencePool,
-InferenceModel, Service, EndpointSlice, Pod, Namespace, Secret, ReferenceGrant and BackendTrafficPolicy.
+InferenceModel, InferenceModelRewrite, InferenceObjective, Service, EndpointSlice, Pod, Namespace, Secret,
+ReferenceGrant and BackendTrafficPolicy.
 
 --config DIR: YAML as you would `kubectl apply` it. The directory is watched: a saved file reaches Envoy within two
 seconds, and one bad object leaves the others served.

@@ -18,9 +18,20 @@ ROUTE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 ENDPOINT = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 SECRET = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"  # noqa: S105 - a type's name
+POOL_CONFIG = "type.googleapis.com/vllm_xds.v1.PoolConfig"
 POOL_LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
+OURS = frozenset({POOL_CONFIG, POOL_LOAD})  # for pickers, not for Envoys
 
-TYPES = (CLUSTER, ENDPOINT, SECRET, LISTENER, ROUTE, POOL_LOAD)  # in the order they are sent: see xds/stream.py
+TYPES = (
+    CLUSTER,
+    ENDPOINT,
+    SECRET,
+    LISTENER,
+    ROUTE,
+    POOL_CONFIG,
+    POOL_LOAD,
+)  # in the order they are sent: xds/stream.py
+
 
 # 128 bits. Cryptographic although nobody is meant to attack it: two bodies with one version would leave an Envoy on the
 # older one without a trace, and part of a body is text its author chose. 0.1 ms for the endpoints of 1,000 pods.
@@ -96,7 +107,7 @@ class Snapshot:
         return Snapshot(merged, versions, self.groups)
 
     def view(self, group: str, before: Snapshot | None = None) -> Snapshot:
-        """What one group of clients is served: its listeners, what these need, directly or not, and all pool loads.
+        """What one group of clients is served: its listeners, what these need, and all that is for pickers.
 
         What is equal in `before`, the group's last view, stays the same object.
         """
@@ -109,7 +120,7 @@ class Snapshot:
                 seen.add(ref)
                 pending += resource.refs
         kept = {
-            type_url: [r for name, r in resources.items() if type_url == POOL_LOAD or (type_url, name) in seen]
+            type_url: [r for name, r in resources.items() if type_url in OURS or (type_url, name) in seen]
             for type_url, resources in self.resources.items()
         }
         return (before or Snapshot.of({})).replace(kept)

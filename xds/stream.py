@@ -24,7 +24,8 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    delta can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a
    change).
 
-A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+A change of weights is a change of endpoints alone, so it is sent at once. PoolConfig and PoolLoad take no part in the
+order.
 
 A stream of a service for one type (LDS, RDS, CDS, EDS, SDS instead of ADS) is `only` that type, which its requests need
 not name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.

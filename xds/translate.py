@@ -17,14 +17,27 @@ from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options, listener_name, route_tables, secret_name
 from xds.listeners import listener
 from xds.model import Cluster, Forward, PortListener, Topology, VirtualHost
+from xds.pools import pool_config
 from xds.routes import route_configuration
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Ref, Resource, Snapshot, make_resource
+from xds.snapshot import (
+    CLUSTER,
+    ENDPOINT,
+    LISTENER,
+    POOL_CONFIG,
+    POOL_LOAD,
+    ROUTE,
+    SECRET,
+    Ref,
+    Resource,
+    Snapshot,
+    make_resource,
+)
 
 Weights = Mapping[str, Mapping[str, int]]  # cluster name -> hash key -> load_balancing_weight
 
 
 def translate(topology: Topology, options: Options, weights: Weights) -> Snapshot:
-    """Everything Envoys are to be told, but for the pool loads, which are the picker's."""
+    """Everything Envoys and pickers are to be told, but for the pool loads."""
     groups = ("", *topology.groups) if topology.groups else ()
     return Snapshot.of(
         {
@@ -34,6 +47,9 @@ def translate(topology: Topology, options: Options, weights: Weights) -> Snapsho
             CLUSTER: [_cluster(c) for c in topology.clusters]
             + [make_resource(CLUSTER, PICKER_CLUSTER, bytes(picker_cluster(options)))],
             ENDPOINT: [_endpoints(c, weights) for c in topology.clusters],
+            POOL_CONFIG: [
+                make_resource(POOL_CONFIG, c.name, pool_config(c)) for c in topology.clusters if c.strategy is not None
+            ],
         },
         {group: [listener_name(port) for port in topology.listeners if port.group == group] for group in groups},
     )

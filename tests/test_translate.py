@@ -13,6 +13,7 @@ from tests.goldens import decoded
 from tests.objects import (
     backend,
     config,
+    exact,
     gateway,
     gateway_class,
     listener,
@@ -24,6 +25,7 @@ from tests.objects import (
     secret,
     service,
 )
+from xds import routes
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
@@ -201,6 +203,24 @@ def test_a_port_of_https_has_routes_for_each_name_and_its_secrets() -> None:
     assert list(snapshot.resources[types.SECRET]) == ["secret/default/one", "secret/default/two"]
     renewed = snapshot_of(resolve(config(*objects, secret("one", "second"), secret("two"))))
     assert {types.label(t) for t in types.TYPES if renewed.versions[t] != snapshot.versions[t]} == {"Secret"}
+
+
+def test_what_is_equal_is_not_built_again() -> None:
+    """Of two configurations that differ in one route of many: listener and clusters are the same objects, and the
+    routes' bytes are those of a translation that knows nothing of the other."""
+
+    def made(path: str) -> Snapshot:
+        paths = [f"/{i}" for i in range(9)] + [path]
+        several = (route(rule(matches=[exact(p)]), name=f"r{i}") for i, p in enumerate(paths))
+        return snapshot_of(resolve(config(*OBJECTS, *several)))
+
+    before, after = made("/old"), made("/new")
+    for type_url in (types.LISTENER, types.CLUSTER):
+        for name, resource in before.resources[type_url].items():
+            assert after.resources[type_url][name] is resource
+    assert before.versions[types.ROUTE] != after.versions[types.ROUTE]
+    routes._routes.cache_clear()
+    assert made("/new").versions == after.versions
 
 
 def test_each_group_has_its_listeners_and_what_they_need() -> None:

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
-from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
+from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
@@ -90,7 +90,7 @@ class ClientView:
 class _Client:
     """One open stream: its protocol state, and the event that wakes its writer."""
 
-    def __init__(self, variant: str, stream: Stream[Any, Any], request_type: type[Any], peer: str) -> None:
+    def __init__(self, variant: str, stream: Stream[Any], request_type: type[Any], peer: str) -> None:
         self.variant = variant
         self.stream = stream
         self.request_type = request_type
@@ -173,10 +173,12 @@ class ManagementServer:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Make this the snapshot every client is brought to, or its group's view of it; returns at once."""
+        served = {client: self._served(client) for client in self._clients}
         before, self._snapshot = self._snapshot, snapshot
         self._views = {group: snapshot.view(group, self._views.get(group)) for group in snapshot.groups}
-        for client in self._clients:
-            client.wake.set()
+        for client, was in served.items():
+            if client.stream.concerned(was, self._served(client)):
+                client.wake.set()
         changed = {
             label(type_url): version
             for type_url, version in snapshot.versions.items()
@@ -274,14 +276,7 @@ class ManagementServer:
         """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
         while not (reader.done() or self._stopping):
             now = self._clock()
-            served = self._served(client)
-            for response in client.stream.advance(served, now):
-                await context.write(response.SerializeToString())
-                self._count(client, response)
-                if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
-                    client.log.warning(
-                        "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
-                    )
+            await self._send(client, context, now)
             self._progressed()
             deadline = client.stream.deadline(now)
             try:
@@ -292,6 +287,17 @@ class ManagementServer:
             client.wake.clear()
         if reader.done():
             await reader
+
+    async def _send(self, client: _Client, context: grpc.aio.ServicerContext, now: float) -> None:
+        """Write what the stream says, in order. While the client does not read, it is all that waits for it here."""
+        served = self._served(client)
+        for response in client.stream.advance(served, now):
+            await context.write(response.encode())
+            self._count(client, response)
+            if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
+                client.log.warning(
+                    "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
+                )
 
     # --- what operators see ---
 
@@ -324,10 +330,8 @@ class ManagementServer:
         for resource, version in received.accepted.items():
             self._tell(received.type_url, resource, version, "")
 
-    def _count(self, client: _Client, response: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse) -> None:
-        name, size = label(response.type_url), sum(map(len, response.resources))
+    def _count(self, client: _Client, response: Response) -> None:
+        name, size = label(response.type_url), len(response.resources)
         self._metrics.responses.labels(name).inc()
         self._metrics.response_bytes.labels(name).inc(size)
-        client.log.debug(
-            "response sent", type=name, nonce=response.nonce, resources=len(response.resources), bytes=size
-        )
+        client.log.debug("response sent", type=name, nonce=response.nonce, resources=response.count, bytes=size)

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
 from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
-from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.stream import HOLD, MAX_MESSAGE, MAX_NAME, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.wire import discovery_pb2 as wire
 
 
 class MemoryLink(Link):
@@ -139,6 +140,9 @@ def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
     assert kind(client.nack(link.responses.popleft())) is Kind.NACK
     assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
     assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    client.names = {ENDPOINT: {"b"}}
+    assert kind(client.subscribe(ENDPOINT, "x" * MAX_NAME)) is Kind.NAMES
+    assert kind(client.subscribe(ENDPOINT, "x" * (MAX_NAME + 1))) is Kind.EXCESS
     client.names = {ENDPOINT: {"a"}}
     link.stream = link._open()
     assert kind(client.reconnect()[0] if peer is DeltaPeer else client.repeat(ENDPOINT)) is Kind.RECONNECT
@@ -155,6 +159,15 @@ async def test_refusal_says_what_was_refused(link: MemoryLink) -> None:
     assert refusal == Refusal(ENDPOINT, published.versions[ENDPOINT], response.nonce, versions, "x" * MAX_MESSAGE)
     assert link.stream.subscriptions[ENDPOINT].last_nack == "x" * MAX_MESSAGE
     await link.quiet()
+
+
+@pytest.mark.parametrize("held", [{str(n): "1" for n in range(MAX_NAMES + 1)}, {"x" * (MAX_NAME + 1): "1"}])
+def test_what_a_client_says_it_holds_is_bounded(held: dict[str, str]) -> None:
+    """A delta client that comes back with more or longer names than any server gave it is cut off as well."""
+    request = wire.DeltaDiscoveryRequest(type_url=CLUSTER, initial_resource_versions=held)
+    stream = DeltaStream()
+    assert stream.receive(request).kind is Kind.EXCESS
+    assert not stream.subscriptions[CLUSTER].held
 
 
 async def test_a_version_stands_for_what_the_client_holds(link: MemoryLink) -> None:

@@ -42,10 +42,14 @@ SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.Health
 MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
 MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
 
+FIRST_REQUEST = 30.0  # seconds a stream may be open without one: Envoy sends it together with the stream's headers
+
 OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),  # bytes: Envoy's first request is 60 KB, with 10,000 names 1 MB
     ("grpc.max_send_message_length", -1),  # our own snapshot is never too long for us; the client has its own limit
     ("grpc.max_concurrent_streams", 100),  # a connection: Envoy opens one
+    ("grpc.max_allowed_incoming_connections", 10_000),  # 0.6 GB; twice the Envoys that fill a core: docs/benchmarks.md
+    ("grpc.max_connection_idle_ms", 300_000),  # without a stream: Envoy's has one as long as it lives
     ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died sends no FIN: found after 40 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # the one that ends the connection; its default is 60 s
@@ -102,6 +106,15 @@ class _Client:
         self.wake = asyncio.Event()
         self.log = log.bind(variant=variant, peer=peer)
 
+    def close(self, code: grpc.StatusCode, reason: str) -> None:
+        """Have its writer end the stream with this status."""
+        self.fault = (code, reason)
+        self.wake.set()
+
+    def close_if_silent(self) -> None:
+        if not self.greeted:
+            self.close(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came")
+
     def settled(self, snapshot: Snapshot | None) -> bool:
         return snapshot is not None and self.greeted and self.stream.settled(snapshot)
 
@@ -127,11 +140,16 @@ class ManagementServer:
     """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
 
     def __init__(
-        self, metrics: Metrics, identifier: str = "vllm-xds", clock: Callable[[], float] = time.monotonic
+        self,
+        metrics: Metrics,
+        identifier: str = "vllm-xds",
+        clock: Callable[[], float] = time.monotonic,
+        first_request: float = FIRST_REQUEST,
     ) -> None:
         self._metrics = metrics
         self._identifier = identifier
         self._clock = clock
+        self._first_request = first_request
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
@@ -243,11 +261,13 @@ class ManagementServer:
         self._metrics.streams.labels(client.variant).inc()
         reader = asyncio.create_task(self._read(client, requests))
         reader.add_done_callback(lambda _: client.wake.set())
+        silence = asyncio.get_running_loop().call_later(self._first_request, client.close_if_silent)
         try:
             await self._write(client, reader, context)
             if client.fault is not None:
                 await context.abort(*client.fault)
         finally:
+            silence.cancel()
             reader.cancel()
             self._clients.discard(client)
             self._metrics.streams.labels(client.variant).dec()
@@ -261,20 +281,20 @@ class ManagementServer:
             try:
                 request = client.request_type.FromString(raw)
             except DecodeError:
-                client.fault = (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
+                client.close(grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
                 return
             if not client.greeted:
                 self._greet(client, request.node)
             received = client.stream.receive(request)
             self._note(client, received)
             if received.kind is Kind.EXCESS:
-                client.fault = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many resource names")
+                client.close(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many resource names, or too long a name")
                 return
             client.wake.set()
 
     async def _write(self, client: _Client, reader: asyncio.Task[None], context: grpc.aio.ServicerContext) -> None:
         """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
-        while not (reader.done() or self._stopping):
+        while not (reader.done() or self._stopping or client.fault):
             now = self._clock()
             await self._send(client, context, now)
             self._progressed()

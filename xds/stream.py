@@ -55,6 +55,7 @@ HOLD = 20.0
 # Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
 # client could add as many with each request.
 MAX_NAMES = 100_000
+MAX_NAME = 512  # characters of a name: the longest of ours, of a pool with the longest names, has 330
 
 MAX_MESSAGE = 2_000  # characters kept of a client's reason
 
@@ -69,7 +70,7 @@ class Kind(StrEnum):
     """What a request is; the first that fits, in this order."""
 
     UNKNOWN_TYPE = "unknown_type"  # not a type of this server: ignored
-    EXCESS = "excess"  # names more than MAX_NAMES: the stream has to be closed
+    EXCESS = "excess"  # names more than MAX_NAMES, or one longer than MAX_NAME: the stream has to be closed
     FIRST = "first"  # first of its type on this stream
     RECONNECT = "reconnect"  # the same, and the client says what it holds from an earlier stream
     STALE_NONCE = "stale_nonce"  # answers a response that a later one has overtaken
@@ -138,6 +139,10 @@ def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_n
     if answers:
         return Kind.ACK
     return Kind.REPEAT
+
+
+def _is_excess(names: Iterable[str], count: int) -> bool:
+    return count > MAX_NAMES or any(len(name) > MAX_NAME for name in names)
 
 
 def _reason(message: str) -> str:
@@ -279,12 +284,12 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
         type_url, sub = self._asked(request.type_url)
         if sub is None:
             return Received(Kind.UNKNOWN_TYPE, type_url)
-        if len(request.resource_names) > MAX_NAMES:
-            return Received(Kind.EXCESS, type_url)
         names = request.resource_names
+        new_names = sub.differs(names)
+        if new_names and _is_excess(names, len(names)):
+            return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
-        new_names = sub.differs(names)
         kind = classify(
             sub,
             claims=bool(request.version_info),
@@ -328,27 +333,27 @@ class DeltaStream(Stream[wire.DeltaDiscoveryRequest]):
         type_url, sub = self._asked(request.type_url)
         if sub is None:
             return Received(Kind.UNKNOWN_TYPE, type_url)
-        if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
+        new, held = request.resource_names_subscribe, request.initial_resource_versions
+        if _is_excess(new, len(sub.names) + len(new)) or _is_excess(held, len(held)):
             return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
         kind = classify(
             sub,
-            claims=bool(request.initial_resource_versions),
+            claims=bool(held),
             stale=request.response_nonce not in ("", sub.nonce),
             error=error is not None,
-            new_names=bool(request.resource_names_subscribe or request.resource_names_unsubscribe),
+            new_names=bool(new or request.resource_names_unsubscribe),
             answers=flight is not None,
         )
         received = Received(kind, type_url)
         if kind in (Kind.FIRST, Kind.RECONNECT):
-            held = dict(request.initial_resource_versions)
-            sub.open(names=request.resource_names_subscribe, held=held)
-            received = Received(kind, type_url, accepted=held)
+            sub.open(names=new, held=held)
+            received = Received(kind, type_url, accepted=dict(held))
         else:
             if flight is not None:
                 received = self._answer(kind, type_url, sub, flight, error)
-            sub.subscribe(request.resource_names_subscribe)
+            sub.subscribe(new)
             sub.unsubscribe(request.resource_names_unsubscribe)
         return received
 

@@ -33,11 +33,13 @@ from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds.stream import DeltaStream
 from xds.translate import translate
 from xds.wire import discovery_pb2 as wire
+from xds.wire import endpoint_pb2, load_stats_pb2
 
 CLIENTS = (10, 100, 1_000)
 ENDPOINTS = (100, 1_000, 10_000)
 USUAL, POOLS = 2_000, 20  # endpoints, where clients are varied; pools
 SOME = 100  # clients, where endpoints are varied, and of each kind whose memory is measured
+REPORTED = (1, 10)  # endpoints of each pool that every client reports requests in flight to
 BAD_EACH = 50  # among the good ones
 ROUNDS = 4  # publications watched, after one to come to rest
 FAST = 0.5  # seconds between publications where memory is watched
@@ -92,6 +94,7 @@ class Server:
     """bench.weights_server as a child, `async with`: `published` has when each version of the endpoints was."""
 
     def __init__(self, endpoints: int = USUAL, pools: int = POOLS, interval: float = INTERVAL) -> None:
+        self.endpoints = endpoints
         self.pools = pools
         self.interval = interval
         self.published: dict[str, float] = {}
@@ -203,6 +206,11 @@ async def growth(
             progress(what)
             running.change(pools)
             less[what] = await running.watch(good, rounds)
+        for each in REPORTED:
+            what = f"loads alone; {each * running.pools} endpoints reported in flight by each"
+            progress(what)
+            async with fleet.reporting(good, load_report(running, each)):
+                less[what] = await running.watch(good, rounds)
     async with start() as running, Fleet(running.address) as fleet:
         progress(f"{most:,} SotW clients")
         good = await join(fleet, most, delta=False)
@@ -216,6 +224,18 @@ async def growth(
         table(f"By what changes, {most:,} delta clients", "what changes", less),
         table(f"{most:,} delta clients among bad ones", "phase", phases),
     ]
+
+
+def load_report(running: Server, each: int) -> bytes:
+    """What an Envoy reports that has a request under way to so many endpoints of each pool."""
+    report = load_stats_pb2.LoadStatsRequest()
+    for cluster in topology(running.endpoints, running.pools).clusters:
+        stats = report.cluster_stats.add(cluster_name=cluster.name).upstream_locality_stats.add()
+        for endpoint in cluster.endpoints[:each]:
+            socket = endpoint_pb2.SocketAddress(address=endpoint.address, port_value=endpoint.port)
+            address = endpoint_pb2.Address(socket_address=socket).SerializeToString()
+            stats.upstream_endpoint_stats.add(address=address, total_requests_in_progress=1)
+    return report.SerializeToString()
 
 
 async def sizes(endpoints: Sequence[int] = ENDPOINTS, clients: int = SOME, rounds: int = ROUNDS) -> Table:

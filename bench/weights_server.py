@@ -2,7 +2,8 @@
 
 `python -m bench.weights_server --endpoints 2000 --pools 20` prints its port, then a line for each publication: the
 version of its endpoints, and when it was published, on the clock all processes of a machine share. A number on standard
-input is how many pools get new weights from then on, at random for each endpoint; every pool's load is new each time.
+input is how many pools get new weights from then on, at random for each endpoint. Every pool's load is new each time,
+and each second where clients report what they have in flight, as xds/control.py has it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from ipaddress import ip_address
 import uvloop
 
 from xds.envoy import Options
+from xds.in_flight import INTERVAL as REPORT_INTERVAL
+from xds.in_flight import InFlight
+from xds.load_reports import LoadReports
 from xds.loads import pool_load
 from xds.log import configure
 from xds.metrics import Metrics
@@ -64,8 +68,9 @@ def topology(endpoints: int, pools: int) -> Topology:
 class Weights:
     """The snapshots to be published, one after another."""
 
-    def __init__(self, served: Topology) -> None:
+    def __init__(self, served: Topology, in_flight: InFlight) -> None:
         self._clusters = served.clusters
+        self._in_flight = in_flight
         self._pools = {}
         for cluster in served.clusters:
             samples = [Sample(e.hash_key, Load(running=3.0, kv_usage=0.4), 1.0) for e in cluster.endpoints]
@@ -77,7 +82,11 @@ class Weights:
     def next(self, changing: int) -> Snapshot:
         """New weights for the endpoints of so many pools, and the next load report of each."""
         self._round += 1
-        loads = {c.name: pool_load(c, self._pools[c.name], 1.0, self._round) for c in self._clusters}
+        now = time.monotonic()
+        loads = {
+            c.name: pool_load(c, self._pools[c.name], now, self._round, self._in_flight.of(c.name, now))
+            for c in self._clusters
+        }
         self.snapshot = with_loads(self.snapshot, loads)
         changed = self._clusters[:changing]
         if changed:
@@ -88,18 +97,19 @@ class Weights:
 
 async def serve(endpoints: int, pools: int, interval: float) -> None:
     """Until cancelled, or until standard input ends."""
-    served = topology(endpoints, pools)
-    weights = Weights(served)
+    served, metrics = topology(endpoints, pools), Metrics()
+    reports = LoadReports(metrics)
+    weights = Weights(served, reports.in_flight)
     quarantine = Quarantine()
     quarantine.offered(weights.snapshot, served, ())
-    server = ManagementServer(Metrics())
+    server = ManagementServer(metrics)
 
     def note(type_url: str, name: str, version: str, verdict: str) -> None:
-        quarantine.note(type_url, name, version, verdict)  # as xds/control.py has it noted
+        quarantine.note(type_url, name, version, verdict)
 
     server.follow_answers(note)
     server.publish(weights.snapshot)
-    (port,) = await server.start(["127.0.0.1:0"])
+    (port,) = await server.start(["127.0.0.1:0"], beside=[reports.handler()])
     calm_collector()
     print(port, flush=True)
 
@@ -116,10 +126,18 @@ async def serve(endpoints: int, pools: int, interval: float) -> None:
             print(snapshot.versions[ENDPOINT], time.monotonic(), flush=True)
             server.publish(snapshot)
 
-    publishing = asyncio.create_task(publish())
-    while order := await orders.readline():
-        changing = int(order)
-    publishing.cancel()
+    async def refresh_loads() -> None:
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL)
+            if reports.in_flight.is_reported(time.monotonic()):
+                server.publish(weights.next(0))
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(publish()), group.create_task(refresh_loads())]
+        while order := await orders.readline():
+            changing = int(order)
+        for task in tasks:
+            task.cancel()
     await server.stop(0)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,9 +17,11 @@ from typing import Any, Self
 import grpc
 
 from xds.envoy import PICKER_CLUSTER
+from xds.load_reports import SERVICE as LRS
 from xds.server import ADS
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds.wire import discovery_pb2 as wire
+from xds.wire import load_stats_pb2 as load_stats
 
 OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a connection each
@@ -80,6 +83,18 @@ class XdsClient:
             number += 1
             await self._ask(ENDPOINT, (f"other-{number % 1000}",))
             await asyncio.sleep(CHATTER)
+
+    async def report(self, loads: bytes) -> None:
+        """Report these loads (an encoded LoadStatsRequest) as often as the server asks for it, until cancelled."""
+        call = self._channel.stream_stream(f"/{LRS}/StreamLoadStats")()
+        try:
+            await call.write(load_stats.LoadStatsRequest(node=wire.Node(id=self._name)).SerializeToString())
+            asked = load_stats.LoadStatsResponse.FromString(await call.read())
+            while True:
+                await asyncio.sleep(asked.load_reporting_interval.ToTimedelta().total_seconds())
+                await call.write(loads)
+        finally:
+            call.cancel()
 
     async def _read(self) -> None:
         seen: set[str] = set()
@@ -152,6 +167,17 @@ class Fleet:
         for client in clients:
             await client.ready.wait()
         return tuple(clients)
+
+    @asynccontextmanager
+    async def reporting(self, clients: Sequence[XdsClient], loads: bytes) -> AsyncIterator[None]:
+        """Meanwhile each of these reports the same loads."""
+        tasks = [asyncio.create_task(client.report(loads)) for client in clients]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def leave(self, clients: Sequence[XdsClient]) -> None:
         lives = [self._lives.pop(client) for client in clients]

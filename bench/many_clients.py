@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from xds.wire import discovery_pb2 as wire
 from xds.wire import endpoint_pb2, load_stats_pb2
 
 CLIENTS = (10, 100, 1_000)
+AT_ONCE = (1_000, 3_000)
 ENDPOINTS = (100, 1_000, 10_000)
 USUAL, POOLS = 2_000, 20  # endpoints, where clients are varied; pools
 SOME = 100  # clients, where endpoints are varied, and of each kind whose memory is measured
@@ -146,22 +147,26 @@ class Server:
         """Look on for so many rounds, after one to come to rest."""
         await self.pass_rounds(1)
         self._forget_peak()
-        before, began, from_round = cpu_seconds(self._process.pid), time.monotonic(), self.rounds
+        before, began, from_round = self.cpu(), time.monotonic(), self.rounds
         sent = sum(client.received for client in clients)
         await self.pass_rounds(rounds)
-        cpu, elapsed = cpu_seconds(self._process.pid) - before, time.monotonic() - began
+        cpu, elapsed = self.cpu() - before, time.monotonic() - began
         sent = sum(client.received for client in clients) - sent
-        times = {
-            at: [client.acks[version] - at for client in clients if version in client.acks]
-            for version, at in self.published.items()
-            if at >= began
-        }
-        acks = sorted(ack for each in times.values() for ack in each)
-        last = sorted(max(each) for each in times.values() if len(each) == len(clients))
+        rounds_at = {version: at for version, at in self.published.items() if at >= began}
+        taken = [accepted(client.acks, tuple(rounds_at)) for client in clients]
+        acks = sorted(each[version] - at for each in taken for version, at in rounds_at.items() if version in each)
+        last = sorted(
+            max(each[version] for each in taken) - at
+            for version, at in rounds_at.items()
+            if all(version in each for each in taken)
+        )
         if sent and not last:
-            raise RigError("no change was accepted by all clients before the next one")
+            raise RigError("no change was accepted by all clients")
         rss, peak = self.memory()
         return Watched(self.rounds - from_round, elapsed, cpu, acks, last, sent, rss, peak)
+
+    def cpu(self) -> float:
+        return cpu_seconds(self._process.pid)
 
     def memory(self) -> tuple[int, int]:
         """Resident KiB: now, and the most since it was last forgotten."""
@@ -172,9 +177,37 @@ class Server:
         Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
 
 
+def accepted(acks: Mapping[str, float], versions: Sequence[str]) -> dict[str, float]:
+    """When each of these versions, in the order of publication, or a later one in its place, was accepted."""
+    found: dict[str, float] = {}
+    latest = None
+    for version in reversed(versions):
+        latest = acks.get(version, latest)
+        if latest is not None:
+            found[version] = latest
+    return found
+
+
 async def join(fleet: Fleet, count: int, *, delta: bool = True, manner: Manner = GOOD) -> tuple[XdsClient, ...]:
     async with asyncio.timeout(READY):
         return await fleet.join(count, delta=delta, manner=manner)
+
+
+async def at_once(counts: Sequence[int] = AT_ONCE, rounds: int = ROUNDS) -> Table:
+    """So many delta clients that all come in one moment, as when a server is back after a while, and then stay."""
+    rows = []
+    for count in counts:
+        progress(f"{count:,} clients at once")
+        async with Server() as running, Fleet(running.address) as fleet:
+            running.change(0)
+            await running.pass_rounds(1)
+            began, cpu = time.monotonic(), running.cpu()
+            clients = await join(fleet, count)
+            ready, cpu = time.monotonic() - began, running.cpu() - cpu
+            running.change(running.pools)
+            watched = await running.watch(clients, rounds)
+            rows.append((f"{count:,}", number(ready), number(cpu), *watched.cells(count)))
+    return Table("All at once", ("clients", "all ready after s", "CPU until then s", *COLUMNS), tuple(rows))
 
 
 async def growth(
@@ -300,7 +333,7 @@ def state_bytes(endpoints: int = USUAL, pools: int = POOLS, count: int = 20) -> 
 
 
 async def measure() -> list[Table]:
-    return [*await growth(), await sizes(), await memory()]
+    return [*await growth(), await at_once(), await sizes(), await memory()]
 
 
 if __name__ == "__main__":

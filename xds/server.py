@@ -49,6 +49,9 @@ OPTIONS = (
     ("grpc.max_send_message_length", -1),  # our own snapshot is never too long for us; the client has its own limit
     ("grpc.max_concurrent_streams", 100),  # a connection: Envoy opens one
     ("grpc.max_allowed_incoming_connections", 10_000),  # 0.6 GB; twice the Envoys that fill a core: docs/benchmarks.md
+    # Streams not taken yet: all come at once when a server is back. gRPC itself refuses some of more than 1,000.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     ("grpc.max_connection_idle_ms", 300_000),  # without a stream: Envoy's has one as long as it lives
     ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died sends no FIN: found after 40 s
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -74,14 +74,14 @@ async def scraper(pods: int = PODS, interval: float = INTERVAL, rounds: int = RO
         fleet = _fleet(first, pods, port)
         good = [f"http://{ip_address(first) + index}:{port}/metrics" for index in range(pods - sum(bad.values()))]
         scraper.set_targets([fleet])
-        running = asyncio.create_task(scraper.run())
+        running, started = asyncio.create_task(scraper.run()), time.monotonic()
         await asyncio.sleep(2 * interval)  # connections are opened in the first
         before, began, read = time.process_time(), time.perf_counter(), _pages(metrics)
         ages: list[float] = []
         for _ in range(rounds * LOOKS):
             await asyncio.sleep(interval / LOOKS)
             readings, now = scraper.readings(), time.monotonic()
-            ages += (now - readings[url].read_at for url in good)
+            ages += (now - max(readings[url].read_at, started) for url in good)
         cpu, elapsed, read = time.process_time() - before, time.perf_counter() - began, _pages(metrics) - read
         failing = sum(reading.failures > 0 for reading in scraper.readings().values())
         running.cancel()

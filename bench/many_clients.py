@@ -1,4 +1,4 @@
-"""One management server, up to 1,000 Envoys, new weights each 2 s: `python -m bench.many_clients`, three minutes.
+"""One management server, up to 1,000 Envoys, new weights each 2 s: `python -m bench.many_clients`, four minutes.
 
 The server is a process of its own (bench.weights_server); the clients (bench.xds_clients) live in this one, cheap
 enough to leave the server a core. Its CPU time is the figure that does not depend on who else uses the machine.

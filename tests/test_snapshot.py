@@ -138,6 +138,17 @@ def test_replace_shares_what_is_equal() -> None:
     assert first.resources[ENDPOINT]["a"].version == resource(ENDPOINT, "a").version
 
 
+def test_a_step_names_what_differs() -> None:
+    """What was added, changed or taken away, from the very object before; equal content is no step, and hides none."""
+    first = Snapshot.of({}).replace({ENDPOINT: [resource(ENDPOINT, name) for name in "abc"]})
+    second = first.replace({ENDPOINT: [resource(ENDPOINT, "a"), resource(ENDPOINT, "b", "2"), resource(ENDPOINT, "d")]})
+    step = second.steps[ENDPOINT]
+    assert step.before is first.resources[ENDPOINT]
+    assert step.names == {"b", "c", "d"}
+    assert second.replace({CLUSTER: [resource(CLUSTER, "a")]}).steps[ENDPOINT] is step
+    assert CLUSTER not in second.steps
+
+
 def test_impossible_snapshots_are_refused() -> None:
     """A type nobody serves and a name given twice are our bugs, said in a sentence."""
     with pytest.raises(ValueError, match="not a type this server serves"):

@@ -68,16 +68,26 @@ def version_of(resources: Mapping[str, Resource]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """From the resources of one type before (that very object) to the next: the names of those that differ."""
+
+    before: Mapping[str, Resource]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything served at one time. Make one with `Snapshot.of`, the next with `replace`.
 
     `resources` has every type of TYPES, each sorted by name; `versions` has `version_of` each of them. `groups` has the
-    names of the listeners that each group of clients is for; empty: every client is served everything.
+    names of the listeners that each group of clients is for; empty: every client is served everything. `steps` has how
+    a type came to be what it is, found once for all the clients that have to take the same step.
     """
 
     resources: Mapping[str, Mapping[str, Resource]]
     versions: Mapping[str, str]
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    steps: Mapping[str, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -93,7 +103,7 @@ class Snapshot:
 
         Sharing is what makes a change of one type cheap: a stream sees by identity that the others need no look.
         """
-        merged, versions = dict(self.resources), dict(self.versions)
+        merged, versions, steps = dict(self.resources), dict(self.versions), dict(self.steps)
         for type_url, given in resources.items():
             if type_url not in merged:
                 raise ValueError(f"{type_url!r} is not a type this server serves")
@@ -103,8 +113,9 @@ class Snapshot:
                 raise ValueError(f"two resources of type {label(type_url)} have the same name")
             version = version_of(by_name)
             if version != versions[type_url]:
+                steps[type_url] = _step(merged[type_url], by_name)
                 merged[type_url], versions[type_url] = by_name, version
-        return Snapshot(merged, versions, self.groups)
+        return Snapshot(merged, versions, self.groups, steps)
 
     def view(self, group: str, before: Snapshot | None = None) -> Snapshot:
         """What one group of clients is served: its listeners, what these need, and all that is for pickers.
@@ -124,6 +135,11 @@ class Snapshot:
             for type_url, resources in self.resources.items()
         }
         return (before or Snapshot.of({})).replace(kept)
+
+
+def _step(before: Mapping[str, Resource], after: Mapping[str, Resource]) -> Step:
+    same = {name for name, resource in before.items() if name in after and after[name].version == resource.version}
+    return Step(before, frozenset(before.keys() | after.keys()) - same)
 
 
 def group_of(groups: Container[str], node_cluster: str, node_id: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,7 +156,7 @@ class ManagementServer:
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
-        self._tell: Callable[[str, str, str, str], None] = lambda *_: None
+        self._tell: Callable[[str, Mapping[str, str], str], None] = lambda *_: None
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
@@ -188,8 +188,8 @@ class ManagementServer:
         self._server = server
         return ports
 
-    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
-        """Have every client's answer about a resource told: type_url, name, version, and "" or why it is refused."""
+    def follow_answers(self, tell: Callable[[str, Mapping[str, str], str], None]) -> None:
+        """Have every client's answer told: type_url, the resources' name -> version, and "" or why they are refused."""
         self._tell = tell
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -348,10 +348,9 @@ class ManagementServer:
                 message=refusal.message,
             )
             if len(refusal.resources) == 1:  # of several it is not known yet which one is bad: xds/subscription.py
-                for resource, version in refusal.resources.items():
-                    self._tell(received.type_url, resource, version, refusal.message or "no reason given")
-        for resource, version in received.accepted.items():
-            self._tell(received.type_url, resource, version, "")
+                self._tell(received.type_url, refusal.resources, refusal.message or "no reason given")
+        if received.accepted:
+            self._tell(received.type_url, received.accepted, "")
 
     def _count(self, client: _Client, response: Response) -> None:
         name, size = label(response.type_url), len(response.resources)

@@ -132,14 +132,15 @@ async def _start(
 class Rig:
     """Running and warm between `__aenter__` and `__aexit__`: `ports` by route, and the processes to be watched."""
 
-    def __init__(self, pods: int = 4) -> None:
+    def __init__(self, pods: int = 4, picker: tuple[str, ...] = ("xds", "picker")) -> None:
         self._pods = pods
+        self._picker_command = picker
         self._stack = AsyncExitStack()
-        server, picker, self._picker_metrics, status, admin, pod, *ports = (free_port() for _ in range(9))
+        server, listen, self._picker_metrics, status, admin, pod, *ports = (free_port() for _ in range(9))
         self.ports = dict(zip((PLAIN, PICKED, BY_MODEL), ports, strict=True))
         self._pod_port = pod
         self._server, self._picker, self._status, self._admin = (
-            f"127.0.0.1:{each}" for each in (server, picker, status, admin)
+            f"127.0.0.1:{each}" for each in (server, listen, status, admin)
         )
 
     async def __aenter__(self) -> Self:
@@ -173,7 +174,7 @@ class Rig:
         await _start(self._stack, ("xds", "serve", *serve, "--picker", self._picker), log=scratch / "serve.log")
         picker = ("--server", self._server, "--listen", self._picker)
         metrics = ("--metrics-address", f"127.0.0.1:{self._picker_metrics}")
-        process = await _start(self._stack, ("xds", "picker", *picker, *metrics), log=scratch / "picker.log")
+        process = await _start(self._stack, (*self._picker_command, *picker, *metrics), log=scratch / "picker.log")
         self.picker_pid = process.pid
         envoy = Envoy(scratch / "envoy.yaml", self._admin, scratch / "envoy.log")
         await self._stack.enter_async_context(envoy)

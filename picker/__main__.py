@@ -15,10 +15,11 @@ from contextlib import suppress
 import structlog
 import uvloop
 
+from picker.listen import UNIX, AddressError
 from picker.loads import LoadsClient, watch
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
-from picker.server import UNIX, AddressError, PickerServer
+from picker.server import PickerServer
 from xds import tls
 from xds.log import FORMATS, LEVELS, configure
 from xds.status import serve_status

@@ -28,6 +28,12 @@ class PickerMetrics:
             ["kind"],
             registry=r,
         )
+        self.client_errors = Counter(
+            "vllm_xds_picker_client_errors",
+            "Connections ended because of what the client sent, by HTTP/2 error code.",
+            ["code"],
+            registry=r,
+        )
         self.chunks = Gauge("vllm_xds_picker_chunks", "Chunk hashes held for all pods.", registry=r)
         self.connected = Gauge("vllm_xds_picker_server_connected", "1 while the load stream is open.", registry=r)
         self.refused = Counter("vllm_xds_picker_load_reports_refused", "Load reports refused (NACK).", registry=r)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from picker.cost import Pool, PoolLoad
+from picker.memory import CHUNKS, Memory
 from picker.prefix import chunk_hashes
 from picker.prompt import read_prompt
 from picker.stateless import HotPrefixes, Ring
 
-MAX_CHUNKS = 1 << 20  # chunk hashes held for all pods together, some 150 MB
 UNKNOWN_PODS = 8  # assumed of a pool whose pods are unknown
 
 
@@ -49,8 +49,8 @@ class _State:
 
     __slots__ = ("hash_keys", "hot", "pool", "ring")
 
-    def __init__(self, random: Callable[[], float], pickers: int) -> None:
-        self.pool = Pool(random, pickers)
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
         self.hot = HotPrefixes()
         self.hash_keys: tuple[str, ...] = ()
         self.ring = Ring(())
@@ -60,18 +60,20 @@ class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
     Clusters nobody reported loads of share one set of counts, so a caller cannot make it grow by inventing names.
-    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1).
+    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1). Workers that
+    share a `memory`, and so what they know of the pods, are one picker.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1) -> None:
+    def __init__(self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None) -> None:
         self._random = random
         self._pickers = pickers
+        self._memory = memory or Memory()
         self._pools: dict[str, _State] = {}
         self._unknown = HotPrefixes()
 
     @property
     def chunks(self) -> int:
-        """Chunk hashes held for all pods."""
+        """Chunks held for all pods, about."""
         return sum(state.pool.chunks for state in self._pools.values())
 
     def read_at(self) -> dict[str, float]:
@@ -82,9 +84,9 @@ class Picker:
         """Take a pool's load report, which arrived at `now`."""
         state = self._pools.get(load.name)
         if state is None:
-            state = self._pools[load.name] = _State(self._random, self._pickers)
+            state = self._pools[load.name] = _State(Pool(self._random, self._pickers, self._memory, load.name))
         pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
-        state.pool.update(load, MAX_CHUNKS // max(1, pods), now)
+        state.pool.update(load, CHUNKS // max(1, pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
         if hash_keys != state.hash_keys:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)

@@ -5,11 +5,13 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import mmh3
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from picker.cost import LEAK, PREFILL_RATE, STALE, UNKNOWN_CHUNKS, PodLoad, Pool, PoolLoad
+from picker.memory import Memory
 
 MANY = 1 << 20  # chunks: no bound in these tests
 POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
@@ -17,7 +19,7 @@ POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
 
 def path(name: str, chunks: int) -> list[bytes]:
     """Chained hashes of a prompt of `chunks` chunks."""
-    return [f"{name}{i}".encode() for i in range(chunks)]
+    return [mmh3.mmh3_x64_128_digest(f"{name}-{i}".encode())[:8] for i in range(chunks)]
 
 
 def pool(*pods: PodLoad, pickers: int = 1, now: float = 0.0) -> Pool:
@@ -221,3 +223,40 @@ def test_a_pick_is_always_a_known_pod(
         picked = send(fleet, path(str(family), chunks), now)
         fresh = any(pod.age >= 0 and now + pod.age <= STALE for pod in report.pods)
         assert picked in {pod.hash_key for pod in report.pods} if fresh else picked is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
+)
+def test_workers_that_share_their_memory_pick_as_one(events: list[tuple[int, int, float, bool]]) -> None:
+    """Whoever of three gets which request: each pick is the one a lone picker would have made, load reports between."""
+    alone = Pool(Random(1).random)
+    memory, random = Memory(), Random(1)
+    workers = [Pool(random.random, 1, memory, "p") for _ in range(3)]
+    now = 0.0
+    report = PoolLoad("p", tuple(pods("abcd")))
+    for each in (alone, *workers):
+        each.update(report, MANY, now)
+    for turn, (family, chunks, pause, reported) in enumerate(events):
+        now += pause
+        if reported:
+            report = PoolLoad("p", tuple(pods("abcd", running=float(turn), prefill_rate=1000.0 * (turn + 1))))
+            for each in (alone, *workers):
+                each.update(report, MANY, now)
+        asked = path(str(family), chunks)
+        assert send(workers[(turn * 7 + family) % 3], asked, now) == send(alone, asked, now)
+    assert workers[0].chunks == workers[1].chunks == alone.chunks
+
+
+def test_what_others_sent_between_two_looks_is_shared_out() -> None:
+    """Of ten requests that another worker sent in the second before a report that is half a second old, five count."""
+    memory = Memory()
+    mine, other = (Pool(Random(1).random, 1, memory, "p") for _ in range(2))
+    for each in (mine, other):
+        each.update(PoolLoad("p", (POD,)), MANY, 10.0)
+    for tenth in range(1, 11):
+        send(other, [], 10.0 + tenth / 10)
+    mine.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    other.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    assert [each._pods["a"].busyness(1)[0] for each in (mine, other)] == [8.0, 8.0]
+    assert [each._pods["a"].busyness(4)[0] for each in (mine, other)] == [23.0, 23.0]

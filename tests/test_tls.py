@@ -316,7 +316,7 @@ def test_bootstrap_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_picker_is_one_of_those_named() -> None:
     """Plaintext by default; with the option its certificate has to name one of the addresses."""
     assert picker_cluster(Options()).transport_socket is None
-    options = Options(pickers=("picker.example.com:1", "[fd00::1]:2"), picker_tls_sds="/sds")
+    options = Options(pickers=("picker.example.com:1", "[fd00::1]:2", "[fd00::1]:3"), picker_tls_sds="/sds")
     context = picker_cluster(options).transport_socket.typed_config.unpack().common_tls_context
     names = context.combined_validation_context.default_validation_context.match_typed_subject_alt_names
     assert [(name.san_type.name, name.matcher.exact) for name in names] == [

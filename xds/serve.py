@@ -8,6 +8,7 @@ import ipaddress
 import signal
 import sys
 from collections.abc import Coroutine
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -146,21 +147,23 @@ def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
     return tls.chosen(args, args.listen)
 
 
+def options(args: argparse.Namespace) -> Options:
+    """What the operator says about the Envoys; every worker of every picker is one to them."""
+    workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
+    pickers = tuple(chain.from_iterable(workers))
+    return Options(args.bind, pickers, args.picker_timeout, args.picker_tls_sds)
+
+
 async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
-    pickers = tuple(
-        worker
-        for address in args.picker or Options().pickers
-        for worker in bootstrap.worker_addresses(address, args.picker_workers)
-    )
     control = Control(
         server,
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, pickers, args.picker_timeout, args.picker_tls_sds),
+        options=options(args),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
     )
     configs = DirectorySource(args.config).configs()

@@ -22,8 +22,9 @@ from h2.events import DataReceived, RequestReceived, StreamReset
 
 from picker import server
 from picker.__main__ import main
-from picker.connection import MESSAGE_HEAD, Limits
+from picker.connection import Limits
 from picker.listen import Method
+from picker.messages import MESSAGE_HEAD
 
 OPTIONS = (("grpc.max_receive_message_length", Limits().message), ("grpc.so_reuseport", 0))
 

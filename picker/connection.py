@@ -23,11 +23,11 @@ The rules (RFC 9113, and gRPC over HTTP/2):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from struct import Struct
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from picker import headers
+from picker.answers import Answers
 from picker.frames import (
     ACK,
     CONTINUATION,
@@ -68,10 +68,7 @@ from picker.frames import (
     window_update,
 )
 from picker.headers import BlockError, HeaderReader
-
-MESSAGE_HEAD = Struct(">BI")  # a gRPC message's: whether it is compressed, its length
-# gRPC statuses (https://grpc.github.io/grpc/core/md_doc_statuscodes.html)
-NOT_FOUND, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = 5, 8, 12, 13
+from picker.messages import INTERNAL, MESSAGE_HEAD, Budget, MessageError, Pieces
 
 TINY = 1024  # bytes: DATA below it that completes nothing is work without progress
 MAX_CONTINUATIONS = 8  # frames of one block, which is no longer than headers.MAX_BLOCK
@@ -92,14 +89,6 @@ class Limits:
 IDLE_CREDIT = 4  # frames: a reset and some window updates and pings are usual with each call
 
 
-@dataclass(slots=True)
-class Memory:
-    """Bytes of incomplete messages of all connections that share this. Mutable."""
-
-    limit: int = 512 << 20
-    used: int = 0
-
-
 class Call(NamedTuple):
     """A complete request: the method's path and the message's bytes."""
 
@@ -113,19 +102,8 @@ class _Stream:
     path: str
     opened: float  # seconds
     window: int  # bytes the client takes of our answer
-    parts: list[bytes] = field(default_factory=list)  # of the DATA so far, while the message is incomplete
-    size: int = 0  # bytes in them
-    needed: int = -1  # bytes of the message; -1 until its head is there, which `parts` then does not hold
+    pieces: Pieces
     complete: bool = False
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """The rest of an answer: DATA that waits for a window, then trailers."""
-
-    data: memoryview
-    window: int
-    opened: float
 
 
 class _ProtocolError(Exception):
@@ -137,9 +115,10 @@ class _ProtocolError(Exception):
 class Connection:
     """One connection. Mutable. `now` is in seconds, here and everywhere."""
 
-    def __init__(self, limits: Limits, memory: Memory, now: float) -> None:
+    def __init__(self, limits: Limits, memory: Budget, now: float) -> None:
+        """`memory` is for the incomplete messages of all connections that share it."""
         self._limits = limits
-        self._memory = memory
+        self._budget = Budget(limits.buffered, memory)
         self._headers = HeaderReader()
         self._opened = now
         self._greeted = False  # the client's preface has come
@@ -149,18 +128,15 @@ class Connection:
         self._continuations = 0
         self._streams: dict[int, _Stream] = {}  # by age
         self._last_stream = 0
-        self._buffered = 0
         self._received = 0  # bytes of DATA since we last widened the connection's window
-        self._window = DEFAULT_WINDOW  # what the client takes on this connection
-        self._stream_window = DEFAULT_WINDOW  # what it takes on a new stream
-        self._frame = DEFAULT_FRAME  # the largest payload it takes
-        self._waiting: dict[int, _Waiting] = {}
-        self._waiting_bytes = 0
+        self._stream_window = DEFAULT_WINDOW  # what the client takes on a new stream
+        self._answers = Answers(limits.waiting)
         self._idle_frames = limits.idle_frames
         self._idle_since = now
         self.ended = False
         self.error: tuple[Code, str] | None = None  # what the client did wrong, in a few words
-        self._out = [
+        self._out = self._answers.out
+        self._out += (
             settings(
                 (
                     (HEADER_TABLE_SIZE, 0),
@@ -170,17 +146,18 @@ class Connection:
                 )
             ),
             window_update(0, LARGEST_WINDOW - DEFAULT_WINDOW),
-        ]
+        )
 
     @property
     def busy(self) -> bool:
         """Whether a call is without its whole answer."""
-        return bool(self._streams or self._waiting)
+        return bool(self._streams or self._answers)
 
     def take(self) -> bytes:
         """The bytes to be sent, which are not given again."""
-        out, self._out = self._out, []
-        return out[0] if len(out) == 1 else b"".join(out)
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
 
     def receive(self, data: bytes, now: float) -> list[Call]:
         """The calls that `data`, the next bytes of the connection, makes complete, in their order."""
@@ -215,27 +192,7 @@ class Connection:
         if stream is None or self.ended:
             return
         self._idle_frames = min(self._idle_frames + IDLE_CREDIT, self._limits.idle_frames)
-        size = MESSAGE_HEAD.size + len(message)
-        if size <= min(self._window, stream.window, self._frame):
-            self._window -= size
-            number = WORD.pack(stream_id)
-            self._out.append(
-                b"".join(
-                    (
-                        _ANSWER[0], number, _ANSWER[1],
-                        HEAD.pack(size << 8, 0, stream_id), MESSAGE_HEAD.pack(0, len(message)), message,
-                        _OK[0], number, _OK[1],
-                    )
-                )
-            )  # fmt: skip
-        elif self._waiting_bytes + size > self._limits.waiting:
-            self._out.append(rst_stream(stream_id, Code.ENHANCE_YOUR_CALM))
-        else:
-            self._out.append(frame(HEADERS, END_HEADERS, stream_id, headers.ANSWER))
-            data = memoryview(MESSAGE_HEAD.pack(0, len(message)) + message)
-            self._waiting[stream_id] = _Waiting(data, stream.window, stream.opened)
-            self._waiting_bytes += size
-            self._send_waiting()
+        self._answers.send(stream_id, message, stream.window, stream.opened)
 
     def fail(self, stream_id: int, status: int, text: str) -> None:
         """Answer a call with a gRPC status other than OK; `text` is plain ASCII without a percent sign."""
@@ -256,18 +213,17 @@ class Connection:
         if not self._settled and self._opened < limit:
             self._end(Code.PROTOCOL_ERROR, "nothing came")
             return
-        for streams in (self._streams, self._waiting):
-            late = [stream_id for stream_id, stream in streams.items() if stream.opened < limit]
-            for stream_id in late:
-                self._reset(stream_id, Code.CANCEL)
+        late = [stream_id for stream_id, stream in self._streams.items() if stream.opened < limit]
+        for stream_id in late + self._answers.late(limit):
+            self._reset(stream_id, Code.CANCEL)
 
     def close(self) -> None:
         """The connection is gone: give back what it holds."""
         self.ended = True
-        self._memory.used -= self._buffered
-        self._buffered = 0
+        for stream in self._streams.values():
+            stream.pieces.drop()
         self._streams.clear()
-        self._waiting.clear()
+        self._answers.clear()
 
     # --- frames ---
 
@@ -330,51 +286,24 @@ class Connection:
             self._check_opened(stream_id)
             self._idle(now)
             return
-        if not stream.size and len(payload) >= MESSAGE_HEAD.size:
+        if not stream.pieces.size and len(payload) >= MESSAGE_HEAD.size:
             compressed, size = MESSAGE_HEAD.unpack_from(payload)
             if size + MESSAGE_HEAD.size <= len(payload) and not compressed:
                 stream.complete = True
                 calls.append(Call(stream_id, stream.path, payload[MESSAGE_HEAD.size : MESSAGE_HEAD.size + size]))
                 return
-        self._collect(stream_id, stream, payload, calls)
-        if stream.complete or stream_id not in self._streams:
+        try:
+            message = stream.pieces.add(payload, self._limits.message)
+        except MessageError as error:
+            self.fail(stream_id, error.status, str(error))
             return
-        if flags & END_STREAM:
+        if message is not None:
+            stream.complete = True
+            calls.append(Call(stream_id, stream.path, message))
+        elif flags & END_STREAM:
             self.fail(stream_id, INTERNAL, "the message is incomplete")
         elif len(payload) < TINY:
             self._idle(now)
-
-    def _collect(self, stream_id: int, stream: _Stream, payload: bytes, calls: list[Call]) -> None:
-        """Add to a message that comes in several frames."""
-        if stream.needed < 0:
-            payload = b"".join((*stream.parts, payload))
-            self._drop(stream)
-            if len(payload) >= MESSAGE_HEAD.size:
-                compressed, stream.needed = MESSAGE_HEAD.unpack_from(payload)
-                payload = payload[MESSAGE_HEAD.size :]
-                if compressed:
-                    self.fail(stream_id, UNIMPLEMENTED, "compressed messages are not understood")
-                    return
-                if stream.needed > self._limits.message:
-                    self.fail(stream_id, RESOURCE_EXHAUSTED, "the message is too large")
-                    return
-        stream.parts.append(payload)
-        stream.size += len(payload)
-        self._buffered += len(payload)
-        self._memory.used += len(payload)
-        if 0 <= stream.needed <= stream.size:
-            stream.complete = True
-            message = b"".join(stream.parts)
-            self._drop(stream)
-            calls.append(Call(stream_id, stream.path, message[: stream.needed]))
-        elif self._buffered > self._limits.buffered or self._memory.used > self._memory.limit:
-            self.fail(stream_id, RESOURCE_EXHAUSTED, "too many messages are incomplete")
-
-    def _drop(self, stream: _Stream) -> None:
-        """Give back what it holds of its message."""
-        self._buffered -= stream.size
-        self._memory.used -= stream.size
-        stream.parts, stream.size = [], 0
 
     def _headers_received(self, flags: int, stream_id: int, payload: bytes, now: float) -> None:
         self._check_stream(stream_id)
@@ -422,11 +351,11 @@ class Connection:
         if not stream_id & 1:
             raise _ProtocolError(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
         self._last_stream = stream_id
-        if len(self._streams) + len(self._waiting) >= self._limits.streams:
+        if len(self._streams) + len(self._answers) >= self._limits.streams:
             self._idle(now)
             self._out.append(rst_stream(stream_id, Code.REFUSED_STREAM))
         elif head.path:
-            self._streams[stream_id] = _Stream(head.path, now, self._stream_window)
+            self._streams[stream_id] = _Stream(head.path, now, self._stream_window, Pieces(self._budget))
             if flags & END_STREAM:
                 self.fail(stream_id, INTERNAL, "there is no message")
         elif head.status:
@@ -450,45 +379,43 @@ class Connection:
             elif name == MAX_FRAME_SIZE:
                 if not DEFAULT_FRAME <= value <= LARGEST_FRAME:
                     raise _ProtocolError(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of range")
-                self._frame = value
+                self._answers.frame = value
             elif name == ENABLE_PUSH and value > 1:
                 raise _ProtocolError(Code.PROTOCOL_ERROR, "ENABLE_PUSH is 0 or 1")
         self._settled = True
         self._out.append(frame(SETTINGS, ACK, 0, b""))
-        self._send_waiting()
+        self._answers.go_on()
 
     def _widen_streams(self, window: int) -> None:
         """INITIAL_WINDOW_SIZE also changes the windows of open streams, which may become negative (section 6.9.2)."""
         if window > LARGEST_WINDOW:
             raise _ProtocolError(Code.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is out of range")
         change, self._stream_window = window - self._stream_window, window
-        streams: list[_Stream | _Waiting] = [*self._streams.values(), *self._waiting.values()]
-        for stream in streams:
+        within = self._answers.widen_streams(change)
+        for stream in self._streams.values():
             stream.window += change
-            if stream.window > LARGEST_WINDOW:
-                raise _ProtocolError(Code.FLOW_CONTROL_ERROR, "a window is too large")
+            within = within and stream.window <= LARGEST_WINDOW
+        if not within:
+            raise _ProtocolError(Code.FLOW_CONTROL_ERROR, "a stream's window is too large")
 
     def _window_updated(self, stream_id: int, payload: bytes) -> None:
         self._check_length(payload, 4)
         increment = WORD.unpack(payload)[0] & STREAM_ID
         if not stream_id:
-            self._window += increment
             if not increment:
                 raise _ProtocolError(Code.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
-            if self._window > LARGEST_WINDOW:
+            if not self._answers.widen(increment):
                 raise _ProtocolError(Code.FLOW_CONTROL_ERROR, "the connection's window is too large")
         else:
             self._check_opened(stream_id)
-            stream = self._streams.get(stream_id) or self._waiting.get(stream_id)
-            if stream is None:
-                return
-            stream.window += increment
-            if not increment:
-                self._reset(stream_id, Code.PROTOCOL_ERROR)
-            elif stream.window > LARGEST_WINDOW:
-                self._reset(stream_id, Code.FLOW_CONTROL_ERROR)
-        if self._waiting:
-            self._send_waiting()
+            within = self._answers.widen_stream(stream_id, increment)
+            if stream_id in self._streams:
+                stream = self._streams[stream_id]
+                stream.window += increment
+                within = stream.window <= LARGEST_WINDOW
+            if not (increment and within):
+                self._reset(stream_id, Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR)
+        self._answers.go_on()
 
     # --- what is checked in several places ---
 
@@ -528,12 +455,9 @@ class Connection:
         """Whether there was such a stream."""
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
-            self._drop(stream)
+            stream.pieces.drop()
             return True
-        waiting = self._waiting.pop(stream_id, None)
-        if waiting is not None:
-            self._waiting_bytes -= len(waiting.data)
-        return waiting is not None
+        return self._answers.forget(stream_id)
 
     def _reset(self, stream_id: int, code: Code) -> None:
         if self._forget(stream_id):
@@ -545,33 +469,8 @@ class Connection:
         self._rest = b""
         self.close()
 
-    # --- answers the client leaves no window for ---
-
-    def _send_waiting(self) -> None:
-        for stream_id, waiting in list(self._waiting.items()):
-            while waiting.data and (room := min(self._window, waiting.window, self._frame)) > 0:
-                part = waiting.data[:room]
-                self._out += (HEAD.pack(len(part) << 8 | DATA, 0, stream_id), bytes(part))
-                waiting.data = waiting.data[room:]
-                waiting.window -= len(part)
-                self._window -= len(part)
-                self._waiting_bytes -= len(part)
-            if not waiting.data:
-                del self._waiting[stream_id]
-                self._out.append(frame(HEADERS, END_HEADERS | END_STREAM, stream_id, headers.OK))
-
 
 def _unpadded(payload: bytes) -> bytes:
     if not payload or payload[0] >= len(payload):
         raise _ProtocolError(Code.PROTOCOL_ERROR, "a frame is all padding")
     return payload[1 : len(payload) - payload[0]]
-
-
-def _around(flags: int, block: bytes) -> tuple[bytes, bytes]:
-    """A HEADERS frame, cut where its stream's number belongs."""
-    whole = frame(HEADERS, flags, 0, block)
-    return whole[:5], whole[HEAD_BYTES:]
-
-
-_ANSWER = _around(END_HEADERS, headers.ANSWER)
-_OK = _around(END_HEADERS | END_STREAM, headers.OK)

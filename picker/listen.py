@@ -15,14 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from picker.connection import UNIMPLEMENTED, Call, Connection, Limits, Memory
+from picker.connection import Call, Connection, Limits
 from picker.frames import Code
+from picker.messages import UNIMPLEMENTED, Budget
 from xds.tls import TlsFiles, server_context
 
 UNIX = "unix:"
 SOCKET_MODE = 0o666  # Envoy runs as another user; who may reach the socket is its directory's matter
 BACKLOG = 128  # connections: an Envoy has one for each of its threads
 MAX_CONNECTIONS = 1024  # eight Envoys of 128 threads: one more is closed at once
+MAX_HELD = 512 << 20  # bytes of incomplete messages of all connections: sixteen of Envoy's largest bodies
 HANDSHAKE = 5.0  # seconds for TLS
 EXPIRE = 1.0  # seconds between looks for what is too slow
 
@@ -60,7 +62,7 @@ class GrpcServer:
         self.broken = broken
         self.limits = Limits()
         self.max_connections = max_connections
-        self.memory = Memory()
+        self.memory = Budget(MAX_HELD)
         self.connections: set[_Protocol] = set()
         self._tls = tls
         self._listeners: list[asyncio.Server] = []

@@ -13,9 +13,9 @@ from functools import lru_cache
 import structlog
 from prometheus_client import Counter
 
-from picker.connection import NOT_FOUND
 from picker.frames import Code
 from picker.listen import CallError, GrpcServer
+from picker.messages import NOT_FOUND
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from picker.wire.ext_proc_pb2 import BodyResponse, ProcessingRequest, ProcessingResponse

@@ -22,16 +22,7 @@ from h2.settings import SettingCodes, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picker.connection import (
-    INTERNAL,
-    MAX_CONTINUATIONS,
-    MESSAGE_HEAD,
-    RESOURCE_EXHAUSTED,
-    UNIMPLEMENTED,
-    Connection,
-    Limits,
-    Memory,
-)
+from picker.connection import MAX_CONTINUATIONS, Connection, Limits
 from picker.frames import (
     ACK,
     CONTINUATION,
@@ -59,6 +50,7 @@ from picker.frames import (
     window_update,
 )
 from picker.frames import settings as settings_frame
+from picker.messages import INTERNAL, MESSAGE_HEAD, RESOURCE_EXHAUSTED, UNIMPLEMENTED, Budget
 from tests.picker.test_headers import REQUEST, encode
 
 GREETING = PREFACE + settings_frame(())
@@ -92,8 +84,8 @@ def frames(data: bytes) -> list[tuple[int, int, int, bytes]]:
 class Server:
     """A connection that echoes, and what it has sent."""
 
-    def __init__(self, limits: Limits | None = None, memory: Memory | None = None, answer: bytes | None = None) -> None:
-        self.memory = memory or Memory()
+    def __init__(self, limits: Limits | None = None, memory: Budget | None = None, answer: bytes | None = None) -> None:
+        self.memory = memory or Budget(1 << 30)
         self.connection = Connection(limits or Limits(), self.memory, 0.0)
         self.connection.take()  # its settings
         self.calls: list[tuple[int, str, bytes]] = []
@@ -124,7 +116,7 @@ class Client:
         values = {SettingCodes[name]: value for name, value in initial.items()}
         self.h2.local_settings = Settings(client=True, initial_values=values)
         self.h2.initiate_connection()
-        fresh = Connection(Limits(), Memory(), 0.0)  # the settings `server` has given away
+        fresh = Connection(Limits(), Budget(1), 0.0)  # the settings `server` has given away
         self.h2.receive_data(fresh.take())
         self.events: list[Event] = []
 
@@ -282,7 +274,7 @@ def test_the_clients_windows_are_kept(window: int, grants: list[int]) -> None:
         client.exchange()
     assert client.answer(1) == (message(answer), OK)
     assert not server.connection.busy
-    assert server.connection._waiting_bytes == 0
+    assert server.connection._answers._bytes == 0
 
 
 def test_settings_change_the_windows_of_open_streams() -> None:
@@ -316,7 +308,7 @@ def test_a_client_that_never_reads() -> None:
     server.send(frame(RST_STREAM, 0, 1, bytes(4)))
     server.connection.expire(1e9)
     assert [found[::2] for found in frames(server.connection.take())] == [(RST_STREAM, 3)]
-    assert server.connection._waiting_bytes == 0
+    assert server.connection._answers._bytes == 0
     assert not server.connection.busy
 
 
@@ -346,7 +338,7 @@ def test_incomplete_messages_are_bounded() -> None:
         part = MESSAGE_HEAD.pack(0, 1 << 20) + bytes(10_000 - MESSAGE_HEAD.size)
         return frame(HEADERS, END_HEADERS, stream_id, BLOCK) + frame(DATA, 0, stream_id, part)
 
-    memory = Memory(limit=55_000)
+    memory = Budget(55_000)
     servers = [Server(Limits(buffered=25_000), memory) for _ in range(3)]
     for server in servers:
         server.send(GREETING)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from picker.connection import MESSAGE_HEAD
 from picker.frames import GOAWAY, HEAD, HEADERS, PING, SETTINGS, frame
 from picker.listen import GrpcServer
+from picker.messages import MESSAGE_HEAD
 from tests.picker.test_connection import GREETING, PATH, call, message
 from tests.tls_files import CERTS, Identity
 from xds.tls import TlsFiles

@@ -8,7 +8,15 @@ import time
 
 from bench.report import machine, progress
 
-MODULES = ("bench.route_latency", "bench.request_cpu", "bench.page_cost", "bench.change_ack")
+MODULES = (
+    "bench.route_latency",
+    "bench.request_cpu",
+    "bench.server_cost",
+    "bench.worker_hits",
+    "bench.picker_memory",
+    "bench.page_cost",
+    "bench.change_ack",
+)
 
 
 def main(modules: tuple[str, ...] = MODULES) -> int:

@@ -137,7 +137,7 @@ class H2Server:
         self._server.close()
 
 
-SERVERS = {"aio": AioServer, "sync": SyncServer, "h2": H2Server}
+SERVERS: dict[str, type[AioServer | SyncServer | H2Server]] = {"aio": AioServer, "sync": SyncServer, "h2": H2Server}
 
 if __name__ == "__main__":
     vars(server)["GrpcServer"] = SERVERS[sys.argv.pop(1)]  # it has the same three methods

@@ -34,7 +34,7 @@ TURNS = 20  # of a conversation, on average
 SYSTEMS, SYSTEM = 6, 30_000  # system prompts, and bytes of one
 TURN = (500, 6_000)  # bytes a turn adds
 LOAD = 0.8  # share of what the pods could prefill if nine tenths were cached
-REQUESTS = 20_000
+REQUESTS = 10_000
 
 
 @dataclass(slots=True)

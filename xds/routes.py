@@ -67,6 +67,7 @@ from xds.envoy import (
 from xds.model import Filters, Forward, MatchType, PathModifier, RequestRedirect, Respond, ValueMatch
 
 INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its share of the requests is answered with 500
+UNREAD = "unread-body"  # another one
 LLM_IDLE_TIMEOUT = (
     600.0  # seconds without a byte: longer than a full queue and a long prefill, the silent part of an answer
 )
@@ -110,6 +111,7 @@ def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
         host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
         host.routes.insert(0, _unsendable_model())
         # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
+        host.routes.append(_unread_body())
         host.routes.append(
             Route(
                 name="no-match",
@@ -129,6 +131,24 @@ def _unsendable_model() -> Route:
         match=RouteMatch(prefix="/", dynamic_metadata=[unsendable]),
         direct_response=DirectResponseAction(status=400, body=text),
     )
+
+
+def _unread_body() -> Route:
+    """Where a request is until its model is known, if no other route takes it: to a cluster that does not exist, 404.
+
+    A direct response would do, but Envoy takes `request_body_buffer_limit` from routes that forward alone, and refuses
+    a body above its own 1 MiB before it has found out where the request is to go.
+    """
+    unknown = MetadataMatcher(
+        filter=MODEL_NAMESPACE,
+        path=[MetadataMatcherPathSegment(key=MODEL_KEY)],
+        value=ValueMatcher(present_match=True),
+        invert=True,
+    )
+    action = RouteAction(
+        cluster=UNREAD, cluster_not_found_response_code=RouteActionClusterNotFoundResponseCode.NOT_FOUND
+    )
+    return Route(name=UNREAD, match=RouteMatch(prefix="/", dynamic_metadata=[unknown]), route=action)
 
 
 def _switched_on(*filters: str) -> dict[str, Any]:

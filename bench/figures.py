@@ -1,4 +1,4 @@
-"""Every figure of docs/benchmarks.md: `python -m bench.figures`, some four minutes. `make bench` is the same."""
+"""Every figure of docs/benchmarks.md: `python -m bench.figures`, some ten minutes. `make bench` is the same."""
 
 from __future__ import annotations
 

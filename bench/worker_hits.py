@@ -14,6 +14,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from bench.load import percentile
 from bench.report import Table, millis, number, progress, show
@@ -34,7 +35,8 @@ TURNS = 20  # of a conversation, on average
 SYSTEMS, SYSTEM = 6, 30_000  # system prompts, and bytes of one
 TURN = (500, 6_000)  # bytes a turn adds
 LOAD = 0.8  # share of what the pods could prefill if nine tenths were cached
-REQUESTS = 10_000
+REQUESTS = 10_000  # of each of the runs
+SEEDS = range(1, 6)  # runs: their seconds differ by half, their hits do not
 
 
 @dataclass(slots=True)
@@ -131,17 +133,20 @@ def run(workers: int, *, shared: bool, requests: int = REQUESTS, seed: int = 1) 
     return hit / total, sorted(times)
 
 
-def measure(counts: Sequence[int] = (1, 2, 4), requests: int = REQUESTS) -> Table:
+def measure(counts: Sequence[int] = (1, 2, 4), requests: int = REQUESTS, seeds: Sequence[int] = SEEDS) -> Table:
+    """A row for each number of workers, with and without shared memory, over all runs."""
     rows = []
     for workers in counts:
         for shared in (True, False) if workers > 1 else (True,):
             progress(f"{workers} workers, {'shared' if shared else 'separate'} memory")
-            hits, times = run(workers, shared=shared, requests=requests)
+            runs = [run(workers, shared=shared, requests=requests, seed=seed) for seed in seeds]
+            hits = sum(share for share, _ in runs) / len(runs)
+            times = sorted(chain.from_iterable(seconds for _, seconds in runs))
             what = "one" if workers == 1 else "shared" if shared else "separate"
             cells = (number(100 * hits), millis(sum(times) / len(times)), millis(percentile(times, 99)))
             rows.append((f"{workers}, {what}", *cells))
     columns = ("workers, memory", "cached tokens, %", "first token mean ms", "p99 ms")
-    return Table(f"{requests:,} requests of agents over {PODS} pods", columns, tuple(rows))
+    return Table(f"{len(seeds)} times {requests:,} requests of agents over {PODS} pods", columns, tuple(rows))
 
 
 async def main() -> None:

@@ -252,29 +252,47 @@ def test_what_is_no_grpc(changes: dict[str, str], kind: int) -> None:
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 3_000), st.lists(st.integers(1, 90_000), min_size=1, max_size=40))
-def test_the_clients_windows_are_kept(window: int, grants: list[int]) -> None:
+@given(st.integers(0, 3_000), st.lists(st.integers(1, 90_000), min_size=1, max_size=40), st.integers(0, 500))
+def test_the_clients_windows_are_kept(window: int, grants: list[int], length: int) -> None:
     """h2 raises when one is exceeded; with windows granted bit by bit the whole answer comes, then its trailers."""
-    answer = bytes(range(256)) * 500
+    answer = bytes(range(256)) * length
     server = Server(answer=answer)
     client = Client(server, INITIAL_WINDOW_SIZE=window)
     client.h2.send_headers(1, list(REQUEST.items()))
     client.h2.send_data(1, message(b"?"))
     client.exchange()
-    for grant in grants:
+    for grant in grants if not any(isinstance(event, StreamEnded) for event in client.events) else ():
         client.h2.increment_flow_control_window(grant, 1)
         client.h2.increment_flow_control_window(grant)
         client.exchange()
         if any(isinstance(event, StreamEnded) for event in client.events):
             break
-    else:
-        assert server.connection.busy
+    if server.connection.busy:
         client.h2.increment_flow_control_window(1 << 20, 1)
         client.h2.increment_flow_control_window(1 << 20)
         client.exchange()
     assert client.answer(1) == (message(answer), OK)
     assert not server.connection.busy
     assert server.connection._answers._bytes == 0
+
+
+def test_the_connections_window_is_kept() -> None:
+    """Over all streams, small answers and large: what is granted is used, and h2 raises when it is exceeded."""
+    server = Server(answer=bytes(10_000))
+    client = Client(server, INITIAL_WINDOW_SIZE=1 << 20)
+    streams = range(1, 21, 2)
+    for stream_id in streams:
+        client.h2.send_headers(stream_id, list(REQUEST.items()))
+        client.h2.send_data(stream_id, message(b"?"))
+    client.exchange()
+    assert sum(len(client.answer(stream_id)[0]) for stream_id in streams) == 65_535
+    for granted in range(1, 35):
+        client.h2.increment_flow_control_window(1_000)
+        client.exchange()
+        assert sum(len(client.answer(stream_id)[0]) for stream_id in streams) == min(65_535 + 1_000 * granted, 100_050)
+    client.h2.increment_flow_control_window(1_000)
+    client.exchange()
+    assert [client.answer(stream_id) for stream_id in streams] == [(message(bytes(10_000)), OK)] * 10
 
 
 def test_settings_change_the_windows_of_open_streams() -> None:

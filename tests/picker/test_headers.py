@@ -66,7 +66,7 @@ def test_pseudo_headers_come_first_and_once() -> None:
 
 
 @given(st.lists(st.sampled_from(["/a", "/b", "/c"]), max_size=12), st.integers(0, 12))
-def test_the_same_bytes_may_mean_different_things(paths: list[str], until: int) -> None:
+def test_blocks_are_read_in_their_order(paths: list[str], until: int) -> None:
     """While the client keeps a table, as its encoder may until it has acknowledged ours; and once it keeps none."""
     reader, encoder = HeaderReader(), Encoder()
     for turn, path in enumerate(paths):
@@ -74,6 +74,15 @@ def test_the_same_bytes_may_mean_different_things(paths: list[str], until: int) 
             reader.no_table()
             encoder.header_table_size = 0
         assert reader.read(encoder.encode(list((REQUEST | {":path": path}).items()))) == Head(path)
+
+
+def test_the_same_bytes_may_mean_different_things() -> None:
+    """While there is a table: a field by its number there is what was put there last."""
+    reader = HeaderReader()
+    start, end = b"\x83\x86", b"\x0f\x10\x10application/grpc"  # POST, http; RFC 7541, appendix A and section 6
+    for path in ("/a", "/b"):
+        assert reader.read(start + b"\x44\x02" + path.encode() + end) == Head(path)
+        assert reader.read(start + b"\xbe" + end) == Head(path)
 
 
 def test_a_table_after_it_was_given_up_is_an_error() -> None:

@@ -185,6 +185,21 @@ def split_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def worker_addresses(address: str, workers: int) -> tuple[str, ...]:
+    """Where the workers of a picker at `address` answer: `HOST:PORT` and ports after it, or `unix:/path.0`, `.1`, ...
+
+    One worker answers at `address` itself. Raises ValueError with a sentence.
+    """
+    if workers == 1:
+        return (address,)
+    if address.startswith("unix:"):
+        return tuple(f"{address}.{index}" for index in range(workers))
+    _, port = split_address(address)
+    if port + workers > 65536:
+        raise ValueError(f"{workers} workers need as many ports, and there are fewer from {address} on")
+    return tuple(f"{address.rpartition(':')[0]}:{port + index}" for index in range(workers))
+
+
 def _quoted(text: str) -> str:
     """As a YAML scalar on one line, whatever is in it."""
     return yaml.safe_dump(text, default_style='"', width=math.inf).rstrip("\n")

@@ -15,6 +15,9 @@ where the pod holds the adapter, a load where there is room, more where requests
 where every place is taken by running ones. A pod holds what its last report shows running and what it was sent last,
 `max_lora` adapters at most.
 
+What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
+and so are one picker, not several. Which adapters p was sent last is each worker's own.
+
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
 """
@@ -26,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from picker.memory import SeenChunks
+from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
 
 ETA = 0.3  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
@@ -89,43 +92,59 @@ class PoolLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
+    """A look at what all workers had sent to a pod: before and after a request of our own."""
+
     at: float  # seconds
-    tokens: float
+    before: int
+    after: int
 
 
 class _Pod:
     """What the picker knows of one pod. Mutable."""
 
-    __slots__ = ("_backlog", "_held", "_leaked_at", "_sent", "kv", "load", "n", "read_at", "seen")
+    __slots__ = ("_base", "_held", "_looks", "_reported_kv", "_reported_n", "load", "memory", "read_at")
 
-    def __init__(self, load: PodLoad) -> None:
+    def __init__(self, load: PodLoad, memory: PodMemory, now: float) -> None:
         self.load = load
-        self.seen = SeenChunks(UNKNOWN_CHUNKS)
+        self.memory = memory
         self.read_at = -inf
-        self.n = 0.0
-        self.kv = 0.0
-        self._sent: deque[_Sent] = deque()
+        self._reported_n = 0.0
+        self._reported_kv = 0.0
+        self._base = memory.sent  # what had been sent when the last load was read
+        self._looks = deque([_Sent(now, self._base, self._base)])
         self._held: OrderedDict[str, None] = OrderedDict()  # adapters, the last used one last
-        self._backlog = 0.0
-        self._leaked_at = 0.0
 
-    def report(self, load: PodLoad, pickers: int, max_chunks: int, now: float) -> None:
+    def report(self, load: PodLoad, max_chunks: int, now: float) -> None:
         """Take a load report that arrived at `now`; a new start time or address is a new, empty pod."""
         if _restarted(self.load, load):
-            self.seen.forget()
-            self._sent.clear()
             self._held.clear()
-            self._backlog = 0.0
         self.load = load
         self.read_at = now - load.age if load.age >= 0 else -inf
-        horizon = max(self.read_at, now - STALE)
-        while self._sent and self._sent[0].at <= horizon:
-            self._sent.popleft()
-        self.n = load.running + load.waiting + pickers * len(self._sent)
-        self.kv = load.kv_usage * load.kv_tokens + pickers * sum(sent.tokens for sent in self._sent)
-        self.seen.resize(min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+        capacity = max(1, min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+        restarted = self.memory.report(load.address, load.start_time, capacity, now)
+        self._reported_n = load.running + load.waiting
+        self._reported_kv = load.kv_usage * load.kv_tokens
+        self._rebase(now if restarted else max(self.read_at, now - STALE), now)
         for adapter in load.running_adapters:
             self._hold(adapter)
+
+    def _rebase(self, read_at: float, now: float) -> None:
+        """Count only what was sent after `read_at`: what others sent between two looks of ours, in proportion."""
+        looks, sent = self._looks, self.memory.sent
+        looks.append(_Sent(now, sent, sent))
+        while len(looks) > 1 and looks[1].at <= read_at:
+            looks.popleft()
+        self._base = looks[0].after
+        if len(looks) > 1 and looks[0].at < read_at:
+            share = (read_at - looks[0].at) / (looks[1].at - looks[0].at)
+            between = (looks[1].before - looks[0].after) & WRAP
+            requests, tokens = between >> TOKEN_BITS, between & TOKENS
+            self._base += (round(share * requests) << TOKEN_BITS) + round(share * tokens)
+
+    def busyness(self, pickers: int) -> tuple[float, float]:
+        """n and kv of the module's formula."""
+        since = (self.memory.sent - self._base) & WRAP
+        return self._reported_n + pickers * (since >> TOKEN_BITS), self._reported_kv + pickers * (since & TOKENS)
 
     def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
         """C of the module's formula without A, in tokens."""
@@ -148,41 +167,34 @@ class _Pod:
         while len(self._held) > max(1, self.load.max_lora):
             self._held.popitem(last=False)
 
+    def _leak(self, costs: Costs) -> float:
+        return LEAK * (self.load.prefill_rate or costs.prefill_rate)  # tokens/s
+
     def backlog(self, now: float, costs: Costs) -> float:
         """B: prefill tokens sent here and, at the leak's rate, not yet done."""
-        leaked = LEAK * (self.load.prefill_rate or costs.prefill_rate) * (now - self._leaked_at)
-        return max(0.0, self._backlog - leaked)
+        return max(0.0, self.memory.busy_until - now) * self._leak(costs)
 
-    def cached(self, hashes: Sequence[bytes], hint: bytes | None, tokens: int) -> int:
+    def cached(self, chunks: Sequence[Key], hint: Sequence[Key], tokens: int) -> int:
         """How many of a prompt's tokens are probably in this pod's prefix cache.
 
         A hint is worth a chunk at most: what a wrong one can cost.
         """
-        if chunks := self.seen.longest_prefix(hashes):
-            return CHUNK_TOKENS * chunks
-        return min(tokens, CHUNK_TOKENS) if hint is not None and self.seen.longest_prefix((hint,)) else 0
+        if seen := self.memory.longest_prefix(chunks):
+            return CHUNK_TOKENS * seen
+        return min(tokens, CHUNK_TOKENS) if self.memory.longest_prefix(hint) else 0
 
     def send(
-        self,
-        hashes: Sequence[bytes],
-        hint: bytes | None,
-        adapter: str,
-        uncached: float,
-        output: float,
-        pickers: int,
-        now: float,
-        costs: Costs,
+        self, chunks: Sequence[Key], adapter: str, uncached: float, output: float, now: float, costs: Costs
     ) -> None:
         """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
-        self._backlog, self._leaked_at = self.backlog(now, costs) + uncached, now
-        self._sent.append(_Sent(now, uncached + output))
-        self.n += pickers
-        self.kv += pickers * (uncached + output)
+        memory = self.memory
+        memory.busy_until = max(memory.busy_until, now) + uncached / self._leak(costs)
+        before = memory.sent
+        memory.send(int(uncached + output))
+        self._looks.append(_Sent(now, before, memory.sent))
         if adapter:
             self._hold(adapter)
-        self.seen.touch(hashes)
-        if hint is not None:
-            self.seen.touch((hint,))
+        memory.touch(chunks, now)
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -193,11 +205,16 @@ def _restarted(old: PodLoad, new: PodLoad) -> bool:
 class Pool:
     """One pool's pods. Mutable.
 
-    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included).
+    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included). Pools of one
+    `memory` have different names.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1) -> None:
+    def __init__(
+        self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None, name: str = ""
+    ) -> None:
         self._random = random
+        self._memory = memory or Memory()
+        self._name = name
         self._pickers = pickers
         self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
         self._pods: dict[str, _Pod] = {}
@@ -210,7 +227,7 @@ class Pool:
     @property
     def chunks(self) -> int:
         """Chunk hashes held for all pods."""
-        return sum(len(pod.seen) for pod in self._pods.values())
+        return sum(len(pod.memory) for pod in self._pods.values())
 
     @property
     def read_at(self) -> float:
@@ -231,8 +248,11 @@ class Pool:
         known = self._pods
         self._pods = {}
         for pod_load in load.pods:
-            pod = self._pods[pod_load.hash_key] = known.get(pod_load.hash_key) or _Pod(pod_load)
-            pod.report(pod_load, self._pickers, max_chunks, now)
+            pod = known.get(pod_load.hash_key)
+            if pod is None or not pod.memory.mine:
+                pod = _Pod(pod_load, self._memory.pod(f"{self._name}\0{pod_load.hash_key}", now), now)
+            pod.report(pod_load, max_chunks, now)
+            self._pods[pod_load.hash_key] = pod
             for adapter in (*pod_load.running_adapters, *pod_load.waiting_adapters):
                 self._adapters[adapter] = None
         while len(self._adapters) > MAX_ADAPTERS:
@@ -253,20 +273,21 @@ class Pool:
         `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
         hash of the session or cache key the client named, `model` what the pod will be asked for.
         """
-        fresh = [pod for pod in self._pods.values() if now - pod.read_at <= STALE]
+        fresh = {name: pod.busyness(self._pickers) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
         if not fresh:
             return None
-        mean_n = sum(pod.n for pod in fresh) / len(fresh)
+        chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
+        mean = (sum(n for n, _ in fresh.values()) / len(fresh), 0.0)
         costs = self.costs
         output = costs.output_tokens if max_tokens is None else min(costs.output_tokens, max_tokens)
         adapter = model if model in self._adapters else ""
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - pod.cached(hashes, hint, tokens)
+            uncached: float = tokens - pod.cached(chunks, by_hint, tokens)
             if name == primary:
                 uncached *= 1.0 - self._prior
-            n, kv = (pod.n, pod.kv) if now - pod.read_at <= STALE else (mean_n, 0.0)
+            n, kv = fresh.get(name, mean)
             tokens_worth = pod.cost(uncached, output, n, kv, now, costs)
             cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
             if cost < best_cost:
@@ -275,5 +296,5 @@ class Pool:
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        pod.send(hashes, hint, adapter, uncached, output, self._pickers, now, costs)
+        pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
         return name

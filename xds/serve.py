@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picker as Envoy reaches it, HOST:PORT or unix:/path, repeatable (default: 127.0.0.1:18001)",
     )
     parser.add_argument(
+        "--picker-workers",
+        metavar="N",
+        type=count,
+        default=1,
+        help="each of them runs with `--workers N`: at N ports from that one on, or at PATH.0, PATH.1, ...",
+    )
+    parser.add_argument(
         "--picker-tls-sds",
         metavar="DIR",
         help="mutual TLS between Envoy and picker: where `vllm-xds bootstrap --tls-sds` wrote its files on each Envoy",
@@ -118,6 +126,13 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-format", choices=log.FORMATS, default="auto", help="auto: for people in a terminal, else JSON"
     )
     parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="the least of what is logged")
+
+
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, found {text}")
+    return int(text)
 
 
 def positive(text: str) -> float:
@@ -158,7 +173,15 @@ def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
             bootstrap.split_address(address)
         elif args.picker_tls_sds:
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
+        bootstrap.worker_addresses(address, args.picker_workers)
     return tls.chosen(args, args.listen)
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What the operator says about the Envoys; every worker of every picker is one to them."""
+    workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
+    pickers = tuple(chain.from_iterable(workers))
+    return Options(args.bind, pickers, args.picker_timeout, args.picker_tls_sds)
 
 
 async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
@@ -171,7 +194,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
+        options=options(args),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
         in_flight=reports.in_flight,
     )

@@ -6,9 +6,10 @@ For a prompt of L tokens with chunk hashes h, each pod p costs
         nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
-B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are the
-pod's last load report plus E times what this picker sent there since, E being the number of independent pickers. The
-cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are what
+p's last metrics page said plus E times what this picker sent there since, E being the number of independent pickers.
+Where Envoys report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there
+before any page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
 
 A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
 where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
@@ -77,6 +78,7 @@ class PodLoad:
     kv_tokens: int = 0  # 0 = unknown
     prefill_rate: float = 0.0  # tokens/s, 0 = unknown
     start_time: float = 0.0  # changes with a restart, 0 = unknown
+    in_flight: int = 0  # requests that Envoys have under way to it
     max_lora: int = 0  # 0 = unknown
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
@@ -84,10 +86,14 @@ class PodLoad:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """What the management server reports of a pool: every pod that may be picked."""
+    """What the management server reports of a pool: every pod that may be picked.
+
+    `in_flight_age` is how old the pods' `in_flight` was, in seconds; None: no Envoy reports any.
+    """
 
     name: str
     pods: tuple[PodLoad, ...]
+    in_flight_age: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ class _Sent:
 class _Pod:
     """What the picker knows of one pod. Mutable."""
 
-    __slots__ = ("_base", "_held", "_looks", "_reported_kv", "_reported_n", "load", "memory", "read_at")
+    __slots__ = ("_base", "_held", "_in_flight", "_looks", "_reported_kv", "_reported_n", "load", "memory", "read_at")
 
     def __init__(self, load: PodLoad, memory: PodMemory, now: float) -> None:
         self.load = load
@@ -110,11 +116,12 @@ class _Pod:
         self.read_at = -inf
         self._reported_n = 0.0
         self._reported_kv = 0.0
-        self._base = memory.sent  # what had been sent when the last load was read
+        self._base = memory.sent  # what had been sent when the last page was read
+        self._in_flight: tuple[int, int] | None = None  # what Envoys reported, and what had been sent then
         self._looks = deque([_Sent(now, self._base, self._base)])
         self._held: OrderedDict[str, None] = OrderedDict()  # adapters, the last used one last
 
-    def report(self, load: PodLoad, max_chunks: int, now: float) -> None:
+    def report(self, load: PodLoad, max_chunks: int, now: float, in_flight_age: float | None = None) -> None:
         """Take a load report that arrived at `now`; a new start time or address is a new, empty pod."""
         if _restarted(self.load, load):
             self._held.clear()
@@ -124,27 +131,39 @@ class _Pod:
         restarted = self.memory.report(load.address, load.start_time, capacity, now)
         self._reported_n = load.running + load.waiting
         self._reported_kv = load.kv_usage * load.kv_tokens
-        self._rebase(now if restarted else max(self.read_at, now - STALE), now)
+        self._looks.append(_Sent(now, self.memory.sent, self.memory.sent))
+        page = now if restarted else max(self.read_at, now - STALE)
+        flight = now if restarted or in_flight_age is None else max(now - in_flight_age, now - STALE)
+        while len(self._looks) > 1 and self._looks[1].at <= min(page, flight):
+            self._looks.popleft()
+        self._base = self._sent_until(page)
+        self._in_flight = None if in_flight_age is None else (load.in_flight, self._sent_until(flight))
         for adapter in load.running_adapters:
             self._hold(adapter)
 
-    def _rebase(self, read_at: float, now: float) -> None:
-        """Count only what was sent after `read_at`: what others sent between two looks of ours, in proportion."""
-        looks, sent = self._looks, self.memory.sent
-        looks.append(_Sent(now, sent, sent))
-        while len(looks) > 1 and looks[1].at <= read_at:
-            looks.popleft()
-        self._base = looks[0].after
-        if len(looks) > 1 and looks[0].at < read_at:
-            share = (read_at - looks[0].at) / (looks[1].at - looks[0].at)
-            between = (looks[1].before - looks[0].after) & WRAP
-            requests, tokens = between >> TOKEN_BITS, between & TOKENS
-            self._base += (round(share * requests) << TOKEN_BITS) + round(share * tokens)
+    def _sent_until(self, at: float) -> int:
+        """What had been sent at this time: of what others sent between two looks of ours, a share in proportion."""
+        before, after = self._looks[0], None
+        for look in self._looks:
+            if look.at > at:
+                after = look
+                break
+            before = look
+        if after is None or before.at >= at:
+            return before.after
+        share = (at - before.at) / (after.at - before.at)
+        between = (after.before - before.after) & WRAP
+        requests, tokens = between >> TOKEN_BITS, between & TOKENS
+        return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
 
     def busyness(self, pickers: int) -> tuple[float, float]:
         """n and kv of the module's formula."""
         since = (self.memory.sent - self._base) & WRAP
-        return self._reported_n + pickers * (since >> TOKEN_BITS), self._reported_kv + pickers * (since & TOKENS)
+        n = self._reported_n + pickers * (since >> TOKEN_BITS)
+        if self._in_flight is not None:
+            in_flight, base = self._in_flight
+            n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
+        return n, self._reported_kv + pickers * (since & TOKENS)
 
     def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
         """C of the module's formula without A, in tokens."""
@@ -251,7 +270,7 @@ class Pool:
             pod = known.get(pod_load.hash_key)
             if pod is None or not pod.memory.mine:
                 pod = _Pod(pod_load, self._memory.pod(f"{self._name}\0{pod_load.hash_key}", now), now)
-            pod.report(pod_load, max_chunks, now)
+            pod.report(pod_load, max_chunks, now, load.in_flight_age)
             self._pods[pod_load.hash_key] = pod
             for adapter in (*pod_load.running_adapters, *pod_load.waiting_adapters):
                 self._adapters[adapter] = None

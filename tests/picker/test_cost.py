@@ -285,6 +285,35 @@ def test_a_model_nobody_reports_as_an_adapter_is_none() -> None:
     assert pool(*loads).pick([], 0, None, None, 0.0, None, "x") == "a"
 
 
+def test_a_burst_that_no_page_shows_counts() -> None:
+    """Requests that Envoys have in flight to a pod, and what was sent there since they said so, are there although its
+    page is older and shows none; without such reports the page is all there is."""
+    idle, busy = PodLoad("a", running=3.0), PodLoad("b", in_flight=9)
+    for age, picked in ((None, "b"), (0.5, "a")):
+        fleet = pool()
+        fleet.update(PoolLoad("p", (idle, busy), age), MANY, 0.0)
+        assert fleet.pick([], 0, None, None, 0.0) == picked
+
+
+def test_in_flight_is_what_is_fresher() -> None:
+    """What was sent before the Envoys' report is in it, what was sent since comes on top; a page with more counts."""
+    fleet = pool(PodLoad("a"))
+    pod = fleet._pods["a"]
+    for now in (1.0, 2.0, 3.0):
+        assert fleet.pick([], 0, None, None, now) == "a"
+
+    def busyness(in_flight: int, age: float | None, running: float = 0.0) -> float:
+        load = PodLoad("a", age=4.0, running=running, in_flight=in_flight)
+        fleet.update(PoolLoad("p", (load,), age), MANY, 4.0)
+        return pod.busyness(1)[0]
+
+    assert busyness(0, None) == 3  # sent since the page
+    assert busyness(7, 1.5) == 8  # one of them since the report
+    assert busyness(7, 0.0) == 7
+    assert busyness(1, 0.5) == 3  # an Envoy that does not report has some too
+    assert busyness(7, 1.5, running=10.0) == 13
+
+
 def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
     """Also those that no report shows running: as many as it has places, and none after a restart."""
     loads = tuple(adapted(waiting_adapters=("x", "y", "z")))

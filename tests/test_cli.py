@@ -78,6 +78,8 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--config", ".", "--bind", "here"), "'here' does not appear to be an IPv4 or IPv6 address"),
         (("serve", "--config", ".", "--scrape-interval", "0"), "expected seconds above 0, found 0"),
         (("serve", "--config", ".", "--picker-timeout", "x"), "'x'"),
+        (("serve", "--config", ".", "--picker-timeout", "3601"), "expected a picker timeout of 0.001 to 3600 seconds"),
+        (("serve", "--config", ".", "--picker-tls-sds", ""), "an empty name"),
         (("serve", "--config", ".", "--log-level", "loud"), "'loud'"),
         (("bootstrap", "--server", "x"), "expected HOST:PORT with a port from 1 to 65535, found 'x'"),
         (("bootstrap", "--admin", "x:99999"), "expected HOST:PORT with a port from 1 to 65535, found 'x:99999'"),

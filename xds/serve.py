@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import signal
 import sys
 from collections.abc import Coroutine
@@ -105,33 +104,32 @@ def positive(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     args.listen = args.listen or [bootstrap.DEFAULT_SERVER]
     try:
-        files = _check(args)
+        options, files = _check(args)
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
     try:
-        uvloop.run(_serve(args, files))
+        uvloop.run(_serve(args, options, files))
     except (DirectoryError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
-    """The TLS files to serve with. ValueError with a sentence: wrong usage."""
-    ipaddress.ip_address(args.bind)
+def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
+    """What Envoys are told, and the TLS files to serve with. ValueError with a sentence: wrong usage."""
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
-    for address in args.picker or ():
-        if not address.startswith("unix:/"):
-            bootstrap.split_address(address)
-        elif args.picker_tls_sds:
+    pickers = tuple(args.picker or Options().pickers)
+    options = Options(args.bind, pickers, args.picker_timeout, args.picker_tls_sds)
+    for address in pickers:
+        if args.picker_tls_sds and address.startswith("unix:/"):
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
-    return tls.chosen(args, args.listen)
+    return options, tls.chosen(args, args.listen)
 
 
-async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
+async def _serve(args: argparse.Namespace, options: Options, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
@@ -140,7 +138,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
+        options=options,
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
     )
     configs = DirectorySource(args.config).configs()

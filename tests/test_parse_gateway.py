@@ -257,7 +257,7 @@ def test_redirect() -> None:
         "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Host, value: x}]}}]",
         "[{type: ResponseHeaderModifier, responseHeaderModifier: {remove: [host]}}]",
         "[{type: RequestHeaderModifier, requestHeaderModifier: {add: [{name: Content-Length, value: '0'}]}}]",
-        "[{type: RequestHeaderModifier, requestHeaderModifier: {remove: [transfer-encoding]}}]",
+        "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Upgrade, value: x}]}}]",
         "[{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: content-length, value: '0'}]}}]",
     ],
 )
@@ -408,6 +408,7 @@ def test_what_envoy_cannot_do_rejects_the_route(rule: str, field: str) -> None:
         *(REWRITE % text for text in ("", "a", "/%20", "/a;b/", "/..")),
         *(REDIRECT % text for text in ("/a?b=c?d", "?a")),
         SET % '"100% é,\\tb"',
+        "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {remove: [connection, content-length]}}]",
     ],
 )
 def test_what_is_next_to_it_is_served(rule: str) -> None:

@@ -53,6 +53,8 @@ HEADER_VALUE = Text(
     re.compile(r"(?![ \t])[^\x00-\x08\x0a-\x1f\x7f]+(?<![ \t])"),
     reason="UnsupportedValue",
 )
+# Of one connection and not of the request: Envoy takes them off before it looks for a route, and sends its own.
+CONNECTION_HEADERS = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
 # One character of a URL's path, as a regular expression (RFC 3986, section 3.3).
 PATH_CHARACTER = r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})"
 LABEL_VALUE = Text("a label value", 63, re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?"), shortest=0)

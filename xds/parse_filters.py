@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from xds.fields import HEADER_NAME, HEADER_VALUE, KIND, PATH_CHARACTER, PRECISE_HOSTNAME, Reader, Text, describe
+from xds.fields import (
+    CONNECTION_HEADERS,
+    HEADER_NAME,
+    HEADER_VALUE,
+    KIND,
+    PATH_CHARACTER,
+    PRECISE_HOSTNAME,
+    Reader,
+    Text,
+    describe,
+)
 from xds.model import Filters, HeaderModifier, PathModifier, RequestRedirect, URLRewrite
 
 # Each type of filter, and the field that holds its settings.
@@ -31,9 +41,9 @@ _NEW_LOCATION = Text(  # for a redirect of the full path: its query replaces tha
     shortest=0,
     reason="UnsupportedValue",
 )
-# Envoy refuses the whole response that changes Host. The others say where a message ends: changed, the body becomes the
-# next request on the connection to the pod, or is waited for.
-_FRAMING_HEADERS = frozenset({"host", "content-length", "transfer-encoding"})
+# Envoy sends these as they are set. Those that say where a message ends would make its body the next request on the
+# connection to the pod, or be waited for; over HTTP/2 each is an error that may end the connection.
+_NOT_SET = CONNECTION_HEADERS | {"content-length"}
 
 
 def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | None:
@@ -64,7 +74,7 @@ def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | None
         reader.reject("filters", "RequestRedirect beside URLRewrite; the rule answers 500", "IncompatibleFilters")
         served = False
     for modifier in (filters.request_headers, filters.response_headers):
-        for name in sorted(_names(modifier) & _FRAMING_HEADERS) if modifier else ():
+        for name in _unchangeable(modifier) if modifier else ():
             hint = ", URLRewrite can" if name == "host" else ""
             reader.reject("filters", f"no modifier can change {name}{hint}; the rule answers 500", "UnsupportedValue")
             served = False
@@ -77,8 +87,11 @@ def _read_modifier(reader: Reader) -> HeaderModifier:
     )
 
 
-def _names(modifier: HeaderModifier) -> set[str]:
-    return {name.lower() for name in (*dict(modifier.set), *dict(modifier.add), *modifier.remove)}
+def _unchangeable(modifier: HeaderModifier) -> list[str]:
+    """The headers it names that are not its to change; Envoy refuses the whole response for Host."""
+    changed = {name.lower() for name, _ in (*modifier.set, *modifier.add)}
+    removed = {name.lower() for name in modifier.remove}
+    return sorted((changed & _NOT_SET) | ((changed | removed) & {"host"}))
 
 
 def _read_headers(reader: Reader, key: str) -> tuple[tuple[str, str], ...]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from xds import regex
 from xds.fields import (
+    CONNECTION_HEADERS,
     GROUP,
     HEADER_NAME,
     HEADER_VALUE,
@@ -58,8 +59,6 @@ _QUERY_VALUE = Text(
 )
 _PATH_REGEX = _QUERY_REGEX = Text("a regular expression", 1024)
 _HEADER_REGEX = Text("a regular expression", 4096)
-# Of one connection and not of the request: Envoy takes them off before it looks for a route.
-_CONNECTION_HEADERS = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
 
 
 def read_http_route(document: Reader, meta: Meta) -> HTTPRoute:
@@ -159,7 +158,7 @@ def _read_path(reader: Reader) -> PathMatch:
 def _read_header(reader: Reader) -> ValueMatch:
     match = _read_value(reader, HEADER_NAME, HEADER_VALUE, _HEADER_REGEX)
     name = match.name.lower()
-    if name in _CONNECTION_HEADERS:
+    if name in CONNECTION_HEADERS:
         raise reader.error("name", f"{name} is a header of the connection: it matches no request", "UnsupportedValue")
     return replace(match, name=name)
 

@@ -82,6 +82,13 @@ def test_what_re2_would_refuse_is_refused(pattern: str) -> None:
     assert problem(pattern) != ""
 
 
+@pytest.mark.parametrize("part", ["((((a)))){1000}", "[a-cx-z0-9]{1000}", r"(?:\W\d){1000}", "(?:a?b?){1000}"])
+def test_size_is_counted_in_instructions(part: str) -> None:
+    """Groups, a class's ranges, escapes and repetitions take more of RE2's memory than characters do."""
+    assert "instructions" in problem(part * 7)
+    assert problem("a{1000}" * 7) == problem(part) == ""
+
+
 @given(st.text(alphabet="ab01(){}[]|*+?\\.^$-,:=!<>PZdbx#&~", max_size=30))
 def test_any_pattern_is_answered(pattern: str) -> None:
     """Whatever is written, the answer is text; nothing raises, and no warning of `re` is left to surface later."""

@@ -179,10 +179,11 @@ def _transport_socket(host: str, directory: str) -> str:
 
 def split_address(text: str) -> tuple[str, int]:
     """`HOST:PORT` -> (host without brackets, port 1-65535)."""
-    host, separator, port = text.rpartition(":")
+    before, separator, port = text.rpartition(":")
+    host = before.removeprefix("[").removesuffix("]")
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"expected HOST:PORT with a port from 1 to 65535, found {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
 
 
 def worker_addresses(address: str, workers: int) -> tuple[str, ...]:

@@ -92,6 +92,8 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
             ("serve", "--config", ".", "--picker", "h:65535", "--picker-workers", "2"),
             "2 workers need as many ports, and there are fewer from h:65535 on",
         ),
+        (("serve", "--config", ".", "--picker-timeout", "3601"), "expected a picker timeout of 0.001 to 3600 seconds"),
+        (("serve", "--config", ".", "--picker-tls-sds", ""), "an empty name"),
         (("serve", "--config", ".", "--log-level", "loud"), "'loud'"),
         (("bootstrap", "--server", "x"), "expected HOST:PORT with a port from 1 to 65535, found 'x'"),
         (("bootstrap", "--admin", "x:99999"), "expected HOST:PORT with a port from 1 to 65535, found 'x:99999'"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import ipaddress
 import resource
 import signal
 import sys
@@ -146,45 +145,41 @@ def positive(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     args.listen = args.listen or [bootstrap.DEFAULT_SERVER]
     try:
-        files = _check(args)
+        served, files = _check(args)
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
     raise_file_limit()
     try:
-        uvloop.run(_serve(args, files))
+        uvloop.run(_serve(args, served, files))
     except (DirectoryError, KubeError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
-    """The TLS files to serve with. ValueError with a sentence: wrong usage."""
-    ipaddress.ip_address(args.bind)
+def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
+    """What Envoys are told, and the TLS files to serve with. ValueError with a sentence: wrong usage."""
     for name in ("kubeconfig", "context", "namespace"):
         if getattr(args, name) and not args.kubernetes:
             raise ValueError(f"--{name} goes with --kubernetes")
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
-    for address in args.picker or ():
-        if not address.startswith("unix:/"):
-            bootstrap.split_address(address)
-        elif args.picker_tls_sds:
+    chosen = options(args)
+    for address in chosen.pickers:
+        if args.picker_tls_sds and address.startswith("unix:/"):
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
-        bootstrap.worker_addresses(address, args.picker_workers)
-    return tls.chosen(args, args.listen)
+    return chosen, tls.chosen(args, args.listen)
 
 
 def options(args: argparse.Namespace) -> Options:
-    """What the operator says about the Envoys; every worker of every picker is one to them."""
+    """What the operator says about the Envoys; every worker of every picker is one to them. ValueError, a sentence."""
     workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
-    pickers = tuple(chain.from_iterable(workers))
-    return Options(args.bind, pickers, args.picker_timeout, args.picker_tls_sds)
+    return Options(args.bind, tuple(chain.from_iterable(workers)), args.picker_timeout, args.picker_tls_sds)
 
 
-async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
+async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
@@ -194,7 +189,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=options(args),
+        options=served,
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
         in_flight=reports.in_flight,
     )

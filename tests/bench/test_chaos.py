@@ -63,6 +63,7 @@ def test_the_table_replaces_the_one_before(tmp_path: Path) -> None:
     assert document.read_text() == f"head\n{BEGIN}new\n{END}rest\n"
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 @pytest.mark.timeout(120)
 async def test_no_request_fails(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from xds.clusters import stand_in
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
 from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
@@ -252,7 +253,7 @@ class ManagementServer:
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
     async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(self._identifier, only)
+        stream = SotwStream(stand_in, self._identifier, only)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
     async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -20,9 +20,13 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
 8. Listeners and routes wait while the client has yet to accept a new cluster: until it answers, or for HOLD.
 9. What clusters, endpoints, secrets and routes are gone is told last: when the listeners and routes that used them
    have been accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one,
-   so nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only
-   delta can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a
-   change).
+   so nothing is taken away. Until then SotW sends the union of old and new clusters.
+10. Who comes back may still be warming clusters of the stream before: Envoy then asks for endpoints, and for clusters
+   only when all are warm. Listeners and routes wait for that request, or for HOLD.
+11. A SotW client that comes back may hold clusters which this server, restarted after a change, has never known, and
+   loses those a world of clusters does not name. But it asks for their endpoints: each such name that is not served
+   gets a stand-in in the first world, and goes as in rule 9. A cluster that is replaced stays in use until the new one
+   is warm, which the stand-in is without an answer: xds/clusters.py.
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolConfig and PoolLoad take no part in the
 order.
@@ -33,14 +37,15 @@ not name. Rules 7 to 9 order what is on one stream, so between such streams noth
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, version_of
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, make_resource, version_of
 from xds.subscription import Change, Flight, Subscription
 from xds.wire import discovery_pb2 as wire
 
@@ -51,6 +56,10 @@ USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE, SECRET})  # what a listene
 # Seconds to wait for an answer before the next step of make-before-break is taken all the same. Envoy answers within
 # its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.
 HOLD = 20.0
+
+# Seconds a SotW client that comes back has for naming the endpoints it uses: Envoy sends all its requests at once.
+GATHER = 1.0
+MAX_STAND_INS = 1_000  # clusters that were removed while a client was away: a client can name any number of them
 
 # Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
 # client could add as many with each request.
@@ -169,6 +178,7 @@ class Stream(ABC, Generic[RequestT]):
         self._only = only
         self._control_plane = wire.ControlPlane(identifier=identifier)
         self._nonces = 0
+        self._began = math.inf  # when there was something to answer for the first time
 
     def _asked(self, type_url: str) -> tuple[str, Subscription | None]:
         """The type a request is for, and its subscription; None for a type that is not served here.
@@ -193,6 +203,7 @@ class Stream(ABC, Generic[RequestT]):
         """
         if snapshot is None:
             return []
+        self._began = min(self._began, now)
         routes_pending = self._routes_pending(snapshot, now)
         responses = []
         for type_url in TYPES:
@@ -220,11 +231,19 @@ class Stream(ABC, Generic[RequestT]):
         return response
 
     def _clusters_pending(self, snapshot: Snapshot, now: float) -> bool:
-        """Rule 8: a cluster that the client does not have is on its way."""
+        """Rules 8 and 10: a cluster that the client does not have is on its way, or one that it has is not warm."""
         clusters = self.subscriptions[CLUSTER]
+        if self._warming():
+            return now < self._began + HOLD
         if clusters.flight is None or now >= clusters.flight.sent + HOLD:
             return False
         return any(clusters.held.get(name) is None for name in clusters.changes(snapshot.resources[CLUSTER]).update)
+
+    def _warming(self) -> bool:
+        """Rule 10: it has come back, and asks for endpoints, listeners and routes but not for clusters."""
+        subs = self.subscriptions
+        resumed = subs[LISTENER].resumed or subs[ROUTE].resumed
+        return resumed and subs[ENDPOINT].opened and not subs[CLUSTER].opened
 
     def _routes_pending(self, snapshot: Snapshot, now: float) -> bool:
         """Rule 9: a listener or route that may still use what is gone is not replaced yet."""
@@ -254,7 +273,10 @@ class Stream(ABC, Generic[RequestT]):
     def deadline(self, now: float) -> float | None:
         """Return when `advance` has to be called even if nothing happens; None = no need."""
         flights = (self.subscriptions[type_url].flight for type_url in (CLUSTER, LISTENER, ROUTE))
-        return min((f.sent + HOLD for f in flights if f is not None and f.sent + HOLD > now), default=None)
+        held = [flight.sent + HOLD for flight in flights if flight is not None]
+        if self._warming():
+            held.append(self._began + HOLD)
+        return min((until for until in held if until > now), default=None)
 
     def settled(self, snapshot: Snapshot) -> bool:
         """Whether the client has accepted all of this snapshot that it subscribes to and does not refuse."""
@@ -278,14 +300,18 @@ class Stream(ABC, Generic[RequestT]):
 
 
 class SotwStream(Stream[wire.DiscoveryRequest]):
-    """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
+    """State of the world: each request carries all names, and listeners and clusters are sent as a whole.
 
-    def __init__(self, identifier: str = "", only: str = "") -> None:
+    `stand_in` makes the encoded cluster of rule 11 for a name.
+    """
+
+    def __init__(self, stand_in: Callable[[str], bytes], identifier: str = "", only: str = "") -> None:
         subscriptions = {
             type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
             for type_url in TYPES
         }
         super().__init__(subscriptions, identifier, only)
+        self._stand_in = stand_in
 
     def receive(self, request: wire.DiscoveryRequest) -> Received:
         type_url, sub = self._asked(request.type_url)
@@ -314,6 +340,26 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
             if new_names:
                 sub.set_names(names)
         return received
+
+    def _push(self, type_url: str, snapshot: Snapshot, now: float, routes_pending: bool) -> Response | None:
+        clusters = self.subscriptions[CLUSTER]
+        if type_url == CLUSTER and clusters.claims_other(snapshot.resources[CLUSTER]):
+            if self._gathering() and now < self._began + GATHER:
+                return None
+            gone = sorted(self.subscriptions[ENDPOINT].names - snapshot.resources[CLUSTER].keys())
+            clusters.assume(make_resource(CLUSTER, name, self._stand_in(name)) for name in gone[:MAX_STAND_INS])
+        return super()._push(type_url, snapshot, now, routes_pending)
+
+    def _gathering(self) -> bool:
+        """Rule 11: it has come back, and has not asked for endpoints yet."""
+        subs = self.subscriptions
+        return subs[CLUSTER].resumed and not subs[ENDPOINT].opened and not self._only
+
+    def deadline(self, now: float) -> float | None:
+        deadline, gathered = super().deadline(now), self._began + GATHER
+        if self._gathering() and gathered > now:
+            return gathered if deadline is None else min(deadline, gathered)
+        return deadline
 
     def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, Response]:
         resources, version = change.update, snapshot.versions[type_url]

@@ -56,6 +56,7 @@ class Subscription:
     empty_is_wildcard: bool
 
     opened: bool = False  # a request for this type has come
+    resumed: bool = False  # and it said what the client holds from an earlier stream
     wildcard: bool = False
     names: set[str] = field(default_factory=set)  # asked for by name
     # What the client has accepted. None: it has been told that the resource does not exist.
@@ -89,6 +90,7 @@ class Subscription:
         `claim` is SotW's version_info, `held` delta's initial_resource_versions (name -> version).
         """
         self.opened = True
+        self.resumed = bool(claim or held)
         self.set_names(names)
         self._claim = claim
         for name, version in (held or {}).items():
@@ -246,13 +248,25 @@ class Subscription:
             self._clean = resources
         return None
 
+    def assume(self, resources: Iterable[Resource]) -> None:
+        """Take it that the client holds these, whatever it says."""
+        self.held.update({resource.name: resource for resource in resources})
+        self._compare_all()
+
+    def claims_other(self, resources: Mapping[str, Resource]) -> bool:
+        """Whether a SotW client that wants all of these says it holds another version, and is not answered yet."""
+        return bool(self._claim) and self.wildcard and not self._believed(self.wanted(resources))
+
+    def _believed(self, wanted: Mapping[str, Resource]) -> bool:
+        return self.wildcard and not self.names and self._claim == version_of(wanted)
+
     def _check_claim(self, wanted: Mapping[str, Resource]) -> None:
         """Compare what a reconnecting SotW client says it holds with what it would be sent.
 
         Only a wildcard's version is believed. A client may have dropped a name and taken it up again since it was sent
         that version: it then waits for a resource that, going by the version, it has.
         """
-        if self.wildcard and not self.names and self._claim == version_of(wanted):
+        if self._believed(wanted):
             self.held.update(wanted)
             self.unanswered = False
             self.version_acked = self._claim

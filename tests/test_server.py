@@ -26,7 +26,7 @@ class Served:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.server = ManagementServer(self.metrics)
+        self.server = ManagementServer(self.metrics, linger=0)
         self.address = ""
 
     def value(self, name: str, **labels: str) -> float:

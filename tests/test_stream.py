@@ -16,6 +16,7 @@ from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot
 from xds.stream import (
     GATHER,
     HOLD,
+    LINGER,
     MAX_MESSAGE,
     MAX_NAME,
     MAX_NAMES,
@@ -34,11 +35,15 @@ def stand_in(name: str) -> bytes:
 
 
 class MemoryLink(Link):
-    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone."""
+    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone.
 
-    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "") -> None:
+    What is gone is taken away at once unless `linger` says otherwise.
+    """
+
+    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "", linger: float = 0.0) -> None:
         self.peer = peer
         self.only = only
+        self.linger = linger
         self.now = 0.0
         self.snapshot: Snapshot | None = None
         self.stream: Any = self._open()
@@ -46,8 +51,8 @@ class MemoryLink(Link):
 
     def _open(self) -> SotwStream | DeltaStream:
         if isinstance(self.peer, DeltaPeer):
-            return DeltaStream("test", self.only)
-        return SotwStream(stand_in, "test", self.only)
+            return DeltaStream("test", self.only, self.linger)
+        return SotwStream(stand_in, "test", self.only, self.linger)
 
     def advance(self) -> None:
         sent = self.stream.advance(self.snapshot, self.now)
@@ -121,6 +126,75 @@ async def test_removals_are_held_for_a_bounded_time(link: MemoryLink) -> None:
     link.advance()
     await link.expect_removed(CLUSTER, "b")
     await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_what_is_gone_lingers(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """A cluster is told to be gone LINGER after its last route was replaced: a request may still be on its way there.
+
+    Meanwhile the client counts as settled, a change of another cluster takes nothing away, and a new stream waits anew
+    (in SotW with a stand-in for what is gone).
+    """
+    link = MemoryLink(peer(), linger=LINGER)
+    await start_up(link)
+    link.now = 100.0
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    link.now = 103.0
+    await link.expect(ROUTE, {"r": "2"})
+    await link.quiet()
+    assert link.stream.settled(link.snapshot)
+    assert link.stream.deadline(link.now) == 103.0 + LINGER
+    link.now += LINGER - 0.1
+    await link.publish(snapshot(cds={"a": "2"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    await link.expect(CLUSTER, {"a": "2"})
+    await link.expect(ENDPOINT, {"a": "1"})
+    await link.quiet()
+
+    await link.reconnect()
+    while link.responses:
+        response = await link.receive()
+        assert not link.delta or not response.removed_resources
+        await link.send(link.peer.ack(response))
+    assert set(link.peer.revisions(CLUSTER)) == {"a", "b"}
+    link.now += LINGER - 0.1
+    link.advance()
+    await link.quiet()
+    link.now += 0.1
+    link.advance()
+    await link.expect_removed(CLUSTER, "b")
+    await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+    assert link.peer.revisions(CLUSTER) == {"a": "2"}
+    assert link.stream.settled(link.snapshot)
+    assert link.stream.deadline(link.now) is None
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_each_lingers_by_itself(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """Route after route is replaced: what is gone goes LINGER after its own route, though a later one is unanswered.
+
+    What comes back before that was never away.
+    """
+    link = MemoryLink(peer(), linger=LINGER)
+    await start_up(link)
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    await link.expect(ROUTE, {"r": "2"})
+    link.now = LINGER - 1
+    await link.publish(snapshot(lds={"l": "1"}, rds={"r": "3"}))
+    response = await link.expect(ROUTE, {"r": "3"}, ack=False)
+    await link.quiet()
+    link.now = LINGER
+    link.advance()
+    await link.expect_removed(CLUSTER, "b")
+    await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+    await link.send(link.peer.ack(response))
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "3"}))
+    if not link.delta:
+        await link.expect(ENDPOINT, {"a": "1"})  # SotW cannot tell that they are gone, so they may be
+    link.now = 3 * LINGER
+    link.advance()
     await link.quiet()
 
 

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from xds.clusters import stand_in
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
-from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
+from xds.stream import LINGER, DeltaStream, Kind, Received, Response, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
@@ -141,7 +141,10 @@ class _Client:
 
 
 class ManagementServer:
-    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
+    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`.
+
+    `linger` in seconds: how long clients keep what is gone (xds/stream.py, rule 9).
+    """
 
     def __init__(
         self,
@@ -149,11 +152,13 @@ class ManagementServer:
         identifier: str = "vllm-xds",
         clock: Callable[[], float] = time.monotonic,
         first_request: float = FIRST_REQUEST,
+        linger: float = LINGER,
     ) -> None:
         self._metrics = metrics
         self._identifier = identifier
         self._clock = clock
         self._first_request = first_request
+        self._linger = linger
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
@@ -253,11 +258,11 @@ class ManagementServer:
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
     async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(stand_in, self._identifier, only)
+        stream = SotwStream(stand_in, self._identifier, only, self._linger)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
     async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = DeltaStream(self._identifier, only)
+        stream = DeltaStream(self._identifier, only, self._linger)
         await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
 
     async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -11,7 +11,7 @@ resource is refused: it is not sent again until it changes, and the client stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -218,10 +218,12 @@ class Subscription:
         self.refused = {n: v for n, v in self.refused.items() if n in resources and resources[n].version == v}
         return bool(self.refused) or self._refused_whole == self.wanted(resources)
 
-    def plan(self, resources: Mapping[str, Resource], step: Step | None = None, *, keep_removed: bool) -> Change | None:
+    def plan(
+        self, resources: Mapping[str, Resource], step: Step | None = None, kept: Container[str] = ()
+    ) -> Change | None:
         """Return what to send now, None for nothing. At most one response is in flight: what comes meanwhile coalesces.
 
-        `keep_removed`: the client is to keep what it holds, even if the snapshot no longer has it.
+        `kept`: names that the client is to keep if it holds them, even if the snapshot no longer has them.
         """
         if self.flight is not None or not self.opened:
             return None
@@ -237,8 +239,8 @@ class Subscription:
         if not self.tells_absence:
             self._drop(remove)
             remove = frozenset()
-        elif keep_removed:
-            remove = frozenset(name for name in remove if self.held.get(name) is None)
+        else:
+            remove = frozenset(name for name in remove if self.held.get(name) is None or name not in kept)
         update = dict(islice(change.update.items(), self._limit))
         whole = len(update) == len(change.update) and (not self.tells_absence or len(remove) == len(change.remove))
         if update or remove or self.unanswered:

@@ -157,7 +157,7 @@ def picker_cluster(options: Options) -> Cluster:
             HealthCheck(
                 interval=seconds(1),
                 no_traffic_interval=seconds(1),
-                timeout=seconds(0.3),
+                timeout=seconds(options.picker_timeout),  # who is too late for this is too late for requests
                 unhealthy_threshold=1,
                 healthy_threshold=1,
                 grpc_health_check=HealthCheckGrpcHealthCheck(),

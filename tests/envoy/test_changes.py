@@ -68,8 +68,8 @@ class Upload:
 
 
 async def test_add_rename_and_remove_in_one_change(gateway: Gateway, session: aiohttp.ClientSession) -> None:
-    """Clusters and routes come, go and get new names in one change, several times: not one request fails, not even one
-    that had its route before a change and its body and its pick after it."""
+    """Clusters and routes come, go and get new names in one change, several times, at last while the server is away: no
+    request fails, not even one that had its route before a change and its body and its pick after it."""
     await gateway.start_picker()
     await gateway.picking()
     ports = (gateway.plain_port, gateway.llm_port)
@@ -83,6 +83,10 @@ async def test_add_rename_and_remove_in_one_change(gateway: Gateway, session: ai
         for upload in uploads[-2:]:
             await upload.half()
         await rename(gateway, old, old := f"-{turn}")
+    await gateway.stop_server()
+    rewrite(gateway, old, old := "-last")
+    await gateway.start_server()
+    await gateway.settled(clients=2)
     for each in traffic:
         await each.more(10)
         await each.stop()

@@ -40,7 +40,7 @@ SERVICES = {  # service -> its two methods, and the one type it is for ("": all 
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
 
-MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
+MAX_LOGGED_NAMES = 5  # resources named in a log line; of a refusal the one that is bad ends up alone in a later one
 MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
 
 FIRST_REQUEST = 30.0  # seconds a stream may be open without one: Envoy sends it together with the stream's headers
@@ -319,7 +319,7 @@ class ManagementServer:
 
     async def _send(self, client: _Client, context: grpc.aio.ServicerContext, now: float) -> None:
         """Write what the stream says, in order. While the client does not read, it is all that waits for it here."""
-        served = self._served(client)
+        served, stand_ins = self._served(client), client.stream.stand_ins
         for response in client.stream.advance(served, now):
             await context.write(response.encode())
             self._count(client, response)
@@ -327,6 +327,9 @@ class ManagementServer:
                 client.log.warning(
                     "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
                 )
+        if client.stream.stand_ins != stand_ins:
+            names = client.stream.stand_ins
+            client.log.info("stand-ins sent", clusters=len(names), names=names[:MAX_LOGGED_NAMES])
 
     # --- what operators see ---
 

@@ -185,6 +185,7 @@ class Stream(ABC, Generic[RequestT]):
         self._linger = linger
         self._control_plane = wire.ControlPlane(identifier=identifier)
         self._nonces = 0
+        self.stand_ins: tuple[str, ...] = ()  # clusters that rule 11 was applied to
         self._began = math.inf  # when there was something to answer for the first time
         # What is gone, by type and name: since when no route of the client needs it; inf: one may.
         self._gone: dict[str, dict[str, float]] = {type_url: {} for type_url in USED_BY_ROUTES}
@@ -376,7 +377,8 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
             if self._gathering() and now < self._began + GATHER:
                 return None
             gone = sorted(self.subscriptions[ENDPOINT].names - snapshot.resources[CLUSTER].keys())
-            clusters.assume(make_resource(CLUSTER, name, self._stand_in(name)) for name in gone[:MAX_STAND_INS])
+            self.stand_ins = tuple(gone[:MAX_STAND_INS])
+            clusters.assume(make_resource(CLUSTER, name, self._stand_in(name)) for name in self.stand_ins)
         return super()._push(type_url, snapshot, now)
 
     def _gathering(self) -> bool:

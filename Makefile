@@ -35,7 +35,7 @@ golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the d
 bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes)
 	@$(BIN)/python -m bench.figures
 
-chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (three minutes)
+chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (five minutes)
 	@$(BIN)/python -m bench.chaos $(ARGS)
 
 wire: $(READY) ## compile the .proto files of xds/wire and picker/wire

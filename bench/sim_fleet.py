@@ -3,6 +3,7 @@
     sessions --request--> policy --host--> pod (engine) --answer--> the session's next request
                             ^                 |
                             '--- each 2 s ----'  metrics -> weights and PoolLoad, by the product's own code
+                            '--- each 1 s ----   what Envoy has in flight -> PoolLoad
 
 Everything happens at its time in one queue of events. The time the gateway itself takes is not in it.
 """
@@ -22,14 +23,16 @@ from bench.sim_requests import BLOCK, LONGEST, Session, Turn
 from bench.vllm_engine import Engine, EngineConfig, EngineRequest
 from bench.vllm_engine import Sequence as Running
 from picker.cost import PoolLoad
-from picker.loads import TYPE_URL, decode
+from picker.loads import LOAD, decode
+from xds.in_flight import INTERVAL as IN_FLIGHT_INTERVAL
+from xds.in_flight import Reported
 from xds.loads import pool_load
-from xds.model import Cluster, Endpoint, Load, Strategy
+from xds.model import Cluster, Endpoint, Load, Strategy, authority
+from xds.scrape import INTERVAL
 from xds.weights import Pool, Sample, weigh
 from xds.wire.discovery_pb2 import Resource
 
 POOL = "pool/default/simulated"
-INTERVAL = 2.0  # seconds between two looks at a pod's metrics
 AT_ONCE = 50  # steps that only decode and are computed at once: a second or so, in which no gauge is written
 SAMPLE = 1.0  # seconds between two samples of how even the load is
 VLLM_BLOCK = 16  # tokens
@@ -104,7 +107,7 @@ class Policy(Protocol):
         """These are the pods, at the start and whenever they or their weights change."""
 
     def report(self, loads: PoolLoad, now: float, /) -> None:
-        """What the management server tells pickers, each INTERVAL."""
+        """What the management server tells pickers, with each round of weights and each report of what is in flight."""
 
     def choose(self, turn: Turn, now: float, /) -> Host:
         """Place a request."""
@@ -172,12 +175,14 @@ class Fleet:
         self._pool = Pool(POOL)
         self._weights: dict[Host, int] = {}
         self._round = 0
+        self._reported: Reported | None = None
         self._open = 0  # measured requests without a first token
         self.set_pods(self.pods)
         for change in changes:
             self._at(change.at, change.act, self)
         self._at(SAMPLE, self._sample, None)
         self._at(INTERVAL, self._follow, None)
+        self._at(IN_FLIGHT_INTERVAL / 2, self._report_in_flight, None)  # no two clocks of a fleet agree
         for place, pod in enumerate(pods):
             self._at(INTERVAL * place / len(pods), self._scrape, pod)
         self._next_session()
@@ -209,9 +214,17 @@ class Fleet:
         self._manage()
         self._at(self.now + INTERVAL, self._follow, None)
 
+    def _report_in_flight(self, _: None) -> None:
+        """Envoy's load report, and what the management server makes of it."""
+        requests = {
+            authority(pod.endpoint.address, pod.endpoint.port): pod.host.active for pod in self._by_host.values()
+        }
+        self._reported = Reported(requests, self.now)
+        self._tell_pickers()
+        self._at(self.now + IN_FLIGHT_INTERVAL, self._report_in_flight, None)
+
     def _manage(self) -> None:
         """One round of the management server."""
-        self._round += 1
         self._pool, _ = weigh(self._pool, [pod.sample() for pod in self.pods], self.now, INTERVAL)
         weights = {pod.host: self._pool.members[pod.host.hash_key].weight for pod in self.pods}
         if weights != self._weights:
@@ -219,11 +232,17 @@ class Fleet:
             for host, weight in weights.items():
                 host.weight = weight
             self._policy.members(self.pods)
+        self._tell_pickers()
+
+    def _tell_pickers(self) -> None:
+        self._round += 1
         cluster = Cluster(POOL, tuple(pod.endpoint for pod in self.pods), Strategy.PREFIX_CACHE)
         resource = Resource(name=POOL)
-        resource.resource.type_url = TYPE_URL
-        resource.resource.value = pool_load(cluster, self._pool, self.now, self._round)
-        self._policy.report(decode(resource), self.now)
+        resource.resource.type_url = LOAD
+        resource.resource.value = pool_load(cluster, self._pool, self.now, self._round, self._reported)
+        loads = decode(resource, LOAD)
+        assert isinstance(loads, PoolLoad)  # noqa: S101 - of type LOAD
+        self._policy.report(loads, self.now)
 
     # --- requests
 

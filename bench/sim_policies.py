@@ -17,7 +17,8 @@ from bench.sim_fleet import CONFIG, POOL, VLLM_BLOCK, Pod, Policy
 from bench.sim_requests import BLOCK, Turn
 from picker.cost import PoolLoad
 from picker.pick import Picker
-from xds.clusters import HASH_BALANCE_FACTOR, RING_SIZE
+from xds.clusters import RING_SIZE
+from xds.model import PoolSettings
 
 FIRST_BLOCK = 2048  # bytes of a prompt that the fixed prefix hash takes for its key
 FIXED_BALANCE_FACTOR = 125  # percent: KubeAI's default
@@ -110,7 +111,7 @@ class PickedPolicy:
         if not self._told:
             for host in hosts:
                 host.weight = 100
-        self._balancer = RingHash(hosts, self._draw, HASH_BALANCE_FACTOR, RING_SIZE)
+        self._balancer = RingHash(hosts, self._draw, PoolSettings().hash_balance_factor, RING_SIZE)
 
     def report(self, loads: PoolLoad, now: float) -> None:
         for picker in self._pickers if self._told else ():

@@ -10,10 +10,26 @@ from typing import Any
 
 import grpc
 
-from xds.server import ADS
-from xds.snapshot import CLUSTER, LISTENER, Resource, make_resource
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, Resource, make_resource
 from xds.wire import discovery_pb2 as wire
 
+# The services of Envoy's protos and their methods, SotW and delta: written out, not taken from the server under test.
+ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+OF_TYPE = {
+    CLUSTER: "envoy.service.cluster.v3.ClusterDiscoveryService",
+    ENDPOINT: "envoy.service.endpoint.v3.EndpointDiscoveryService",
+    LISTENER: "envoy.service.listener.v3.ListenerDiscoveryService",
+    ROUTE: "envoy.service.route.v3.RouteDiscoveryService",
+    SECRET: "envoy.service.secret.v3.SecretDiscoveryService",
+}
+METHODS = {
+    ADS: ("StreamAggregatedResources", "DeltaAggregatedResources"),
+    OF_TYPE[CLUSTER]: ("StreamClusters", "DeltaClusters"),
+    OF_TYPE[ENDPOINT]: ("StreamEndpoints", "DeltaEndpoints"),
+    OF_TYPE[LISTENER]: ("StreamListeners", "DeltaListeners"),
+    OF_TYPE[ROUTE]: ("StreamRoutes", "DeltaRoutes"),
+    OF_TYPE[SECRET]: ("StreamSecrets", "DeltaSecrets"),
+}
 FULL_STATE = (LISTENER, CLUSTER)  # what SotW sends as a whole
 
 
@@ -55,6 +71,7 @@ class SotwPeer(Peer):
     """State of the world."""
 
     variant = "sotw"
+    request, response = wire.DiscoveryRequest, wire.DiscoveryResponse
 
     def __init__(self, node_id: str = "envoy-1") -> None:
         super().__init__(node_id)
@@ -105,7 +122,11 @@ class SotwPeer(Peer):
         """Start a new stream: every subscription with its version, as Envoy does."""
         self._spoken = False
         self.nonces.clear()
-        return [self._request(type_url) for type_url in self.names]
+        return [self.resume(type_url) for type_url in self.names]
+
+    def resume(self, type_url: str) -> wire.DiscoveryRequest:
+        """Subscribe to one type again, as `reconnect` does to all."""
+        return self._request(type_url)
 
     def _request(self, type_url: str) -> wire.DiscoveryRequest:
         return wire.DiscoveryRequest(
@@ -121,6 +142,7 @@ class DeltaPeer(Peer):
     """Incremental. `absent` are the names it has been told do not exist."""
 
     variant = "delta"
+    request, response = wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse
 
     def __init__(self, node_id: str = "envoy-1") -> None:
         super().__init__(node_id)
@@ -182,31 +204,30 @@ class DeltaPeer(Peer):
     def reconnect(self) -> list[wire.DeltaDiscoveryRequest]:
         """Start a new stream: every subscription with the versions held, as Envoy does."""
         self._spoken = False
-        return [
-            wire.DeltaDiscoveryRequest(
-                node=self._greeting(),
-                type_url=type_url,
-                resource_names_subscribe=sorted(names),
-                initial_resource_versions=self.versions.get(type_url, {}),
-            )
-            for type_url, names in self.names.items()
-        ]
+        return [self.resume(type_url) for type_url in self.names]
+
+    def resume(self, type_url: str) -> wire.DeltaDiscoveryRequest:
+        """Subscribe to one type again, as `reconnect` does to all."""
+        return wire.DeltaDiscoveryRequest(
+            node=self._greeting(),
+            type_url=type_url,
+            resource_names_subscribe=sorted(self.names[type_url]),
+            initial_resource_versions=self.versions.get(type_url, {}),
+        )
 
 
 class AdsClient:
-    """A peer's stream over gRPC. `async with`; every wait has a timeout of `patience` seconds."""
+    """A peer's stream over gRPC, of ADS or another service. `async with`; every wait is at most `patience` seconds."""
 
-    def __init__(self, address: str, peer: SotwPeer | DeltaPeer, patience: float = 10.0) -> None:
+    def __init__(self, address: str, peer: SotwPeer | DeltaPeer, patience: float = 10.0, service: str = ADS) -> None:
         self.peer: Any = peer
         self._patience = patience
         self._channel = grpc.aio.insecure_channel(address)
-        method, request, response = (
-            ("DeltaAggregatedResources", wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse)
-            if isinstance(peer, DeltaPeer)
-            else ("StreamAggregatedResources", wire.DiscoveryRequest, wire.DiscoveryResponse)
-        )
+        sotw, delta = METHODS[service]
         self._open = self._channel.stream_stream(
-            f"/{ADS}/{method}", request_serializer=request.SerializeToString, response_deserializer=response.FromString
+            f"/{service}/{delta if isinstance(peer, DeltaPeer) else sotw}",
+            request_serializer=peer.request.SerializeToString,
+            response_deserializer=peer.response.FromString,
         )
         self.call = self._open()
 

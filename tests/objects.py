@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tests.tls_files import CERTS
 from xds.index import Index
 from xds.model import (
     CORE,
@@ -13,15 +14,20 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     AllowedRoutes,
     BackendRef,
     BackendTrafficPolicy,
     Config,
+    Criticality,
     EndpointSlice,
     Filters,
     Gateway,
     GatewayClass,
     HTTPRoute,
+    InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Listener,
     MatchType,
@@ -32,8 +38,10 @@ from xds.model import (
     PathMatch,
     Pod,
     ReferenceGrant,
+    RewriteRule,
     RouteMatch,
     RouteRule,
+    Secret,
     Service,
     ServicePort,
     SliceEndpoint,
@@ -48,9 +56,12 @@ GROUPS = {
     "BackendTrafficPolicy": ENVOY_GATEWAY,
     "Service": CORE,
     "Pod": CORE,
+    "Secret": CORE,
     "EndpointSlice": DISCOVERY,
     "InferencePool": INFERENCE,
     "InferenceModel": INFERENCE_X,
+    "InferenceModelRewrite": LLM_D,
+    "InferenceObjective": LLM_D,
 }
 APP = {"app": "web"}
 
@@ -75,14 +86,25 @@ def gateway_class(name: str = "envoy", controller: str = CONTROLLER_NAMES[0]) ->
     return GatewayClass(meta("GatewayClass", name, ""), controller)
 
 
-def listener(name: str = "http", port: int = 8080, hostname: str = "", **allowed: Any) -> Listener:
-    return Listener(name, port, "HTTP", hostname, AllowedRoutes(**allowed))
+def listener(
+    name: str = "http", port: int = 8080, hostname: str = "", certificates: Sequence[str] = (), **allowed: Any
+) -> Listener:
+    """HTTPS if there are certificates: names of Secrets, of another namespace as `namespace/name`."""
+    refs = tuple(ref("Secret", each.rpartition("/")[2], each.rpartition("/")[0] or "default") for each in certificates)
+    field = "spec.listeners[0].tls.certificateRefs" if refs else ""
+    return Listener(name, port, "HTTPS" if refs else "HTTP", hostname, AllowedRoutes(**allowed), refs, field)
 
 
 def gateway(
-    *listeners: Listener, name: str = "gw", namespace: str = "default", class_name: str = "envoy", created: str = ""
+    *listeners: Listener,
+    name: str = "gw",
+    namespace: str = "default",
+    class_name: str = "envoy",
+    created: str = "",
+    groups: Sequence[str] = (),
 ) -> Gateway:
-    return Gateway(meta("Gateway", name, namespace, created=created), class_name, listeners or (listener(),))
+    about = meta("Gateway", name, namespace, created=created)
+    return Gateway(about, class_name, listeners or (listener(),), tuple(groups))
 
 
 def parent(name: str = "gw", section: str = "", port: int = 0, namespace: str = "default") -> ParentRef:
@@ -123,13 +145,21 @@ def rule(*backends: BackendRef, matches: Sequence[RouteMatch] = (prefix(),), **k
     return RouteRule(tuple(matches), backends=backends, **kw)
 
 
-def grant(source_namespace: str, namespace: str, kind: str = "Service", name: str = "") -> ReferenceGrant:
-    source = (GATEWAY, "HTTPRoute", source_namespace)
-    return ReferenceGrant(meta("ReferenceGrant", "grant", namespace), (source,), ((GROUPS[kind], kind, name),))
+def grant(
+    source_namespace: str, namespace: str, kind: str = "Service", name: str = "", source: str = "HTTPRoute"
+) -> ReferenceGrant:
+    referrer = (GATEWAY, source, source_namespace)
+    return ReferenceGrant(meta("ReferenceGrant", "grant", namespace), (referrer,), ((GROUPS[kind], kind, name),))
 
 
 def policy(*targets: tuple[ObjectRef, str], name: str = "policy", created: str = "", **kw: Any) -> BackendTrafficPolicy:
     return BackendTrafficPolicy(meta("BackendTrafficPolicy", name, created=created), targets, **kw)
+
+
+def secret(name: str = "cert", of: str = "first", namespace: str = "default") -> Secret:
+    """A Secret with one of the certificates in tests/certs."""
+    pair = (CERTS / f"{of}.pem").read_bytes(), (CERTS / f"{of}.key").read_bytes()
+    return Secret(meta("Secret", name, namespace), *pair)
 
 
 # --- backends ---
@@ -172,6 +202,30 @@ def pool(
     return InferencePool(
         meta("InferencePool", name, namespace, group), APP if selector is None else selector, tuple(ports), **kw
     )
+
+
+def inference_model(
+    name: str,
+    model_name: str = "m",
+    *targets: tuple[str, int],
+    of: str = "llm",
+    criticality: Criticality = Criticality.STANDARD,
+    **kw: Any,
+) -> InferenceModel:
+    about = meta("InferenceModel", name, **kw)
+    return InferenceModel(about, model_name, criticality, targets, ref("InferencePool", of, group=INFERENCE_X))
+
+
+def rewrite(name: str, *rules: RewriteRule, of: str = "llm", **kw: Any) -> InferenceModelRewrite:
+    return InferenceModelRewrite(meta("InferenceModelRewrite", name, **kw), rules, ref("InferencePool", of))
+
+
+def rewrite_rule(*models: str, targets: Sequence[tuple[str, int]] = ()) -> RewriteRule:
+    return RewriteRule(models, tuple(targets))
+
+
+def objective(name: str, priority: int, of: str = "llm", **kw: Any) -> InferenceObjective:
+    return InferenceObjective(meta("InferenceObjective", name, **kw), priority, ref("InferencePool", of))
 
 
 def endpoint_slice(

@@ -1,5 +1,6 @@
 """The protocol's rules as scenarios: each is played by both variants, over the pure objects (tests/test_stream.py) and
-over gRPC (tests/test_server.py), and ends with "and nothing more is sent".
+over gRPC (tests/test_server.py), and ends with "and nothing more is sent". Those of OF_ONE_TYPE are also played on the
+service for that type alone (CDS, EDS, RDS).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, Snapshot
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, Snapshot
 
 
 class Link(ABC):
@@ -67,8 +68,8 @@ class Link(ABC):
 
 
 def snapshot(**revisions: Mapping[str, str]) -> Snapshot:
-    """Build a snapshot from `cds=`, `eds=`, `lds=`, `rds=`: name -> revision. A cluster refers to its endpoints."""
-    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE}
+    """A snapshot of `cds=`, `eds=`, `lds=`, `rds=`, `sds=`: name -> revision. A cluster refers to its endpoints."""
+    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE, "sds": SECRET}
     return Snapshot.of(
         {
             types[kind]: [
@@ -347,20 +348,49 @@ async def reconnect_after_a_change(link: Link) -> None:
 
 
 async def reconnect_takes_clusters_away_last(link: Link) -> None:
-    """Delta: on a new stream, too, a cluster goes only when the routes that used it have been replaced."""
+    """On a new stream, too, a cluster goes only when the routes that used it are replaced. In SotW this server may not
+    know it: it is among those the client wants endpoints of, and the first world has a stand-in for it.
+    """
     await _start(link)
-    await link.send(link.peer.unsubscribe(ENDPOINT, "b"))
-    await link.quiet()
-    if not link.delta:
-        return
-    link.peer.held[CLUSTER]["gone"], link.peer.versions[CLUSTER]["gone"] = b"", "0"
+    link.peer.names[ENDPOINT].add("gone")
+    link.peer.held[CLUSTER]["gone"] = b""
+    if link.delta:
+        link.peer.versions[CLUSTER]["gone"] = "0"
+    else:
+        link.peer.versions[CLUSTER] = "of another server"
     await link.publish(snapshot(**FULL | {"rds": {"r": "2"}}))
     assert (await link.receive()).type_url == ROUTE  # lost
     await link.reconnect()
-    for type_url in (CLUSTER, ENDPOINT, LISTENER):
-        await link.expect(type_url)
+    if link.delta:
+        await link.expect(CLUSTER)
+        await link.expect(ENDPOINT, removed={"gone"})
+        await link.expect(LISTENER)
+    else:
+        clusters = await link.receive()
+        assert link.peer.updates(clusters).keys() == {"a", "b", "gone"}
+        await link.expect(ENDPOINT, FULL["eds"])
+        await link.quiet()
+        await link.send(link.peer.ack(clusters))
     await link.expect(ROUTE, {"r": "2"})
     await link.expect_removed(CLUSTER, "gone")
+    await link.quiet()
+
+
+async def reconnect_with_clusters_still_warming(link: Link) -> None:
+    """Who asks for endpoints but not yet for clusters has some to warm: routes wait until it asks for clusters."""
+    await _start(link)
+    await link.publish(snapshot(**FULL | {"rds": {"r": "2"}}))
+    assert (await link.receive()).type_url == ROUTE  # lost
+    clusters = link.peer.names.pop(CLUSTER)
+    await link.reconnect()
+    await link.expect(ENDPOINT, {} if link.delta else FULL["eds"])
+    await link.quiet()
+    link.peer.names[CLUSTER] = clusters
+    await link.send(link.peer.resume(CLUSTER))
+    if link.delta:
+        await link.expect(CLUSTER)
+        await link.expect(LISTENER)
+    await link.expect(ROUTE, {"r": "2"})
     await link.quiet()
 
 
@@ -474,10 +504,22 @@ async def weights_wait_for_nothing(link: Link) -> None:
     await link.quiet()
 
 
+async def secrets_follow_their_content(link: Link) -> None:
+    """A secret is sent by name, again when it changes, and told to be gone where the variant can say so."""
+    await link.publish(snapshot(sds={"s": "1", "t": "1"}))
+    await link.send(link.peer.subscribe(SECRET, "s"))
+    await link.expect(SECRET, {"s": "1"})
+    await link.publish(snapshot(sds={"s": "2", "t": "2"}))
+    await link.expect(SECRET, {"s": "2"})
+    await link.publish(snapshot(sds={"t": "2"}))
+    await link.expect_removed(SECRET, "s")
+    await link.quiet()
+
+
 async def unknown_type_is_ignored(link: Link) -> None:
     """A type this server does not serve gets no answer and does no harm."""
     await link.publish(snapshot(cds={"a": "1"}))
-    await link.send(link.peer.subscribe("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "s"))
+    await link.send(link.peer.subscribe("type.googleapis.com/envoy.service.runtime.v3.Runtime", "s"))
     await link.quiet()
     await link.send(link.peer.subscribe(CLUSTER))
     await link.expect(CLUSTER, {"a": "1"})
@@ -505,6 +547,7 @@ SCENARIOS: tuple[Callable[[Link], Awaitable[None]], ...] = (
     reconnect_up_to_date,
     reconnect_after_a_change,
     reconnect_takes_clusters_away_last,
+    reconnect_with_clusters_still_warming,
     reconnect_and_refuse,
     changed_cluster_brings_its_endpoints,
     routes_wait_for_new_clusters,
@@ -512,6 +555,38 @@ SCENARIOS: tuple[Callable[[Link], Awaitable[None]], ...] = (
     refused_route_keeps_its_clusters,
     refused_route_taken_back,
     weights_wait_for_nothing,
+    secrets_follow_their_content,
     unknown_type_is_ignored,
+)
+
+
+async def type_is_implied(link: Link) -> None:
+    """On a service for one type a request need not name it, and another type gets no answer there."""
+    await link.publish(snapshot(cds={"a": "1"}, rds={"r": "1"}))
+    request = link.peer.subscribe(ROUTE, "r")
+    request.type_url = ""
+    await link.send(request)
+    await link.expect(ROUTE, {"r": "1"})
+    await link.send(link.peer.subscribe(CLUSTER))
+    await link.quiet()
+    link.peer.names.pop(CLUSTER)
+    await link.reconnect()
+    await link.expect(ROUTE, {} if link.delta else {"r": "1"})
+    await link.quiet()
+
+
+OF_ONE_TYPE: tuple[tuple[Callable[[Link], Awaitable[None]], str], ...] = (
+    (empty_world_is_answered, CLUSTER),
+    (wildcard_beside_names, CLUSTER),
+    (legacy_wildcard_ends_with_a_name, CLUSTER),
+    (unsubscribed_name_under_wildcard, CLUSTER),
+    (names_one_after_another, ENDPOINT),
+    (unsubscribed_names_are_silent, ENDPOINT),
+    (dropped_and_wanted_again_in_one_breath, ENDPOINT),
+    (secrets_follow_their_content, SECRET),
+    (stale_nonce, ENDPOINT),
+    (bad_one_among_good_ones, ENDPOINT),
+    (refused_at_start, CLUSTER),
+    (type_is_implied, ROUTE),
 )
 PEERS: tuple[type[SotwPeer | DeltaPeer], ...] = (SotwPeer, DeltaPeer)

@@ -20,7 +20,7 @@ from xds.metrics import Metrics
 from xds.model import Config, Level, Load, ObjectRef, Rejection
 from xds.scrape import Reading, Scraper
 from xds.server import ManagementServer
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, TYPES, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_CONFIG, POOL_LOAD, ROUTE, TYPES, label
 from xds.status import serve_status
 from xds.weights import Pool
 
@@ -107,7 +107,7 @@ async def test_the_snapshot(running: Running) -> None:
     snapshot = running.control.snapshot
     assert snapshot is not None
     assert page["ready"] is True
-    assert page["ports"] == [{"port": 8080, "routes": 1}]
+    assert page["ports"] == [{"port": 8080, "group": "", "routes": 1}]
     assert list(page["types"]) == [label(type_url) for type_url in TYPES]
     for type_url in TYPES:
         assert page["types"][label(type_url)] == {
@@ -117,8 +117,8 @@ async def test_the_snapshot(running: Running) -> None:
                 for name, each in snapshot.resources[type_url].items()
             ],
         }
-    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None}
-    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426}
+    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None, "in_flight": None}
+    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426, "in_flight": None}
     (about,) = page["pools"]
     assert (about["name"], about["strategy"]) == (POOL, "DEFAULT")
     assert about["endpoints"] == [
@@ -172,6 +172,7 @@ async def test_a_pool_that_is_ahead_of_its_topology(running: Running) -> None:
         (ENDPOINT, POOL, "clusterName", POOL),
         (LISTENER, "http-8080", "address", {"socketAddress": {"address": "0.0.0.0", "portValue": 8080}}),
         (ROUTE, "http-8080", "name", "http-8080"),
+        (POOL_CONFIG, POOL, "costs", {}),
         (POOL_LOAD, POOL, "round", "1"),
     ],
     ids=lambda value: label(value) if value in TYPES else None,
@@ -202,7 +203,13 @@ async def test_clients(running: Running, peer: Any) -> None:
     assert (other["node_id"], [each["type"] for each in other["types"]]) == ("envoy-0", ["Cluster"])
     assert first.pop("peer").startswith("ipv4:127.0.0.1:")
     types = {each.pop("type"): each for each in first.pop("types")}
-    assert first == {"node_id": "envoy-1", "node_cluster": "test", "variant": peer.variant, "settled": True}
+    assert first == {
+        "node_id": "envoy-1",
+        "node_cluster": "test",
+        "group": "",
+        "variant": peer.variant,
+        "settled": True,
+    }
     assert running.control.snapshot is not None
     versions = running.control.snapshot.versions
     assert types == {

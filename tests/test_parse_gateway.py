@@ -98,7 +98,59 @@ def test_listeners() -> None:
     )
 
 
-@pytest.mark.parametrize("protocol", ["HTTPS", "TLS", "TCP", "UDP", "example.com/mine"])
+CERTIFICATE = {"name": "cert"}
+
+
+def _https(of_listener: Any, **spec: Any) -> Parsed:
+    """A Gateway with an HTTPS listener and an HTTP one behind it."""
+    listeners = [
+        {"name": "a", "port": 443, "protocol": "HTTPS", "hostname": "a.io", "tls": of_listener},
+        {"name": "b", "port": 80, "protocol": "HTTP"},
+    ]
+    return _parse(f"{GATEWAY}/v1", "Gateway", {"gatewayClassName": "c", "listeners": listeners, **spec})
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "Terminate"}])
+def test_https_listener(mode: dict[str, str]) -> None:
+    """Its certificates are Secrets, of the Gateway's namespace unless they name another."""
+    refs = [
+        CERTIFICATE,
+        {"group": "", "kind": "Secret", "name": "other", "namespace": "there"},
+        {"kind": "X", "name": "x"},
+    ]
+    parsed = _https({**mode, "certificateRefs": refs, "options": {"a.io/b": "c"}})
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    (first, _) = parsed.object.listeners
+    assert (first.protocol, first.hostname, first.field) == ("HTTPS", "a.io", "spec.listeners[0].tls.certificateRefs")
+    assert first.certificates == (
+        ObjectRef(CORE, "Secret", "default", "cert"),
+        ObjectRef(CORE, "Secret", "there", "other"),
+        ObjectRef(CORE, "X", "default", "x"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tls", "field", "spec"),
+    [
+        ({"mode": "Passthrough"}, "mode", {}),
+        ({}, "certificateRefs", {}),
+        ({"options": {"a.io/b": "c"}}, "certificateRefs", {}),
+        ({"certificateRefs": [CERTIFICATE], "frontendValidation": {}}, "frontendValidation", {}),
+        ({"certificateRefs": [CERTIFICATE]}, "frontendValidation", {"tls": {"frontend": {"default": {}}}}),
+    ],
+)
+def test_tls_that_is_not_served_costs_its_listener(tls: Any, field: str, spec: Any) -> None:
+    """Passthrough, no certificate, and above all a listener that would let in clients without a certificate."""
+    parsed = _https(tls, **spec)
+    assert isinstance(parsed.object, Gateway)
+    assert [each.name for each in parsed.object.listeners] == ["b"]
+    rejection = next(each for each in parsed.rejections if each.level is Level.ERROR)
+    assert rejection.field == f"spec.listeners[0].tls.{field}"
+    assert "listener a is not served" in rejection.message
+
+
+@pytest.mark.parametrize("protocol", ["TLS", "TCP", "UDP", "example.com/mine"])
 def test_unsupported_protocol_costs_its_listener_only(protocol: str) -> None:
     """The other listeners of the Gateway are served, and the lost one is named."""
     parsed = _gateway(
@@ -146,6 +198,31 @@ def test_bad_listener_rejects_the_gateway(listener: Any, field: str) -> None:
     """A listener its CRD would refuse rejects the Gateway, as an API server would; so does a repeated one."""
     first = {"name": "first", "port": 80, "protocol": "HTTP"} | listener
     _assert_invalid(_gateway(first, {"name": "second", "port": 81, "protocol": "HTTP"}), field)
+
+
+NODES = "vllm-xds/nodes"
+
+
+def _for_nodes(text: str) -> Parsed:
+    metadata = {"name": "x", "annotations": {NODES: text}}
+    spec = {"gatewayClassName": "c", "listeners": [{"name": "a", "port": 80, "protocol": "HTTP"}]}
+    return parse({"apiVersion": f"{GATEWAY}/v1", "kind": "Gateway", "metadata": metadata, "spec": spec})
+
+
+def test_groups_of_a_gateway() -> None:
+    """The annotation names the Envoys a Gateway is for, in any order and spacing; without it, it is for all."""
+    parsed = _for_nodes(" edge, envoy-7.ns:1/a ,edge")
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    assert parsed.object.groups == ("edge", "envoy-7.ns:1/a")
+    assert isinstance(without := _gateway({"name": "a", "port": 80, "protocol": "HTTP"}).object, Gateway)
+    assert without.groups == ()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a,,b", "a b", "a,é", "-a", "a" * 254, ",".join(map(str, range(17)))])
+def test_bad_groups_reject_the_gateway(text: str) -> None:
+    """Served without them it would be served by every Envoy, which its author did not want."""
+    _assert_invalid(_for_nodes(text), f"metadata.annotations[{NODES}]")
 
 
 def test_number_of_listeners() -> None:
@@ -256,6 +333,9 @@ def test_redirect() -> None:
         "[{type: Later, later: {}}]",
         "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Host, value: x}]}}]",
         "[{type: ResponseHeaderModifier, responseHeaderModifier: {remove: [host]}}]",
+        "[{type: RequestHeaderModifier, requestHeaderModifier: {add: [{name: Content-Length, value: '0'}]}}]",
+        "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Upgrade, value: x}]}}]",
+        "[{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: content-length, value: '0'}]}}]",
     ],
 )
 def test_filter_that_cannot_be_served_empties_its_rule(filters: str) -> None:
@@ -316,7 +396,6 @@ def test_timeouts() -> None:
         ("matches: [{path: {type: RegularExpression, value: '/(?=a)'}}]", "matches[0].path.value"),
         ("matches: [{path: {type: RegularExpression, value: '/['}}]", "matches[0].path.value"),
         ("matches: [{headers: [{name: ':path', value: a}]}]", "matches[0].headers[0].name"),
-        ("matches: [{headers: [{name: a, value: 'a\\r\\n'}]}]".replace("'", '"'), "matches[0].headers[0].value"),
         ("matches: [{headers: [{name: a}]}]", "matches[0].headers[0].value"),
         ("matches: [{queryParams: [{name: a, type: PathPrefix, value: b}]}]", "matches[0].queryParams[0].type"),
         ("matches: [{method: post}]", "matches[0].method"),
@@ -349,6 +428,69 @@ def test_timeouts() -> None:
 def test_bad_rule_rejects_the_route(rule: str, field: str) -> None:
     """What the CRD refuses, by schema or by CEL, rejects the route with the path of the field."""
     _assert_invalid(_route(rule), f"spec.rules[0].{field}")
+
+
+HEADERS = "matches: [{headers: [%s]}]"
+QUERY = "matches: [{queryParams: [%s]}]"
+PATH = "matches: [{path: {value: '%s'}}]"
+REWRITE = "filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplaceFullPath, replaceFullPath: '%s'}}}]"
+REPLACE = "filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: '%s'}}}]"
+REDIRECT = "filters: [{type: RequestRedirect, requestRedirect: {path: {type: ReplaceFullPath, replaceFullPath: '%s'}}}]"
+SET = "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: %s}]}}]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ("matches: [{method: CONNECT}]", "matches[0].method"),
+        *((PATH % value, "matches[0].path.value") for value in ("/%41", "/a%2eb", "/%5C", "/%00", "/.;a", "/a/..;b/c")),
+        (HEADERS % "{name: Upgrade, value: a}", "matches[0].headers[0].name"),
+        (HEADERS % "{name: transfer-encoding, type: RegularExpression, value: .*}", "matches[0].headers[0].name"),
+        *(
+            (HEADERS % f"{{name: a, value: {text}}}", "matches[0].headers[0].value")
+            for text in ('" a"', '"a\\t"', '"\\r"')
+        ),
+        (QUERY % "{name: a&b, value: a}", "matches[0].queryParams[0].name"),
+        *(
+            (QUERY % f"{{name: a, value: '{text}'}}", "matches[0].queryParams[0].value")
+            for text in ("a b", "é", "a#b", "a&b")
+        ),
+        *(
+            (REWRITE % text, "filters[0].urlRewrite.path.replaceFullPath")
+            for text in ("/a b", "/é", "/a?b", "/a#b", "/%4")
+        ),
+        *((REPLACE % text, "filters[0].urlRewrite.path.replacePrefixMatch") for text in ("/a?b", '/"', "/a|b", "/{a}")),
+        *((REDIRECT % text, "filters[0].requestRedirect.path.replaceFullPath") for text in ("/a#b", "/a?b c", "/<a>")),
+        (SET % '"a\\nb: c"', "filters[0].requestHeaderModifier.set[0].value"),
+        (SET % '"a "', "filters[0].requestHeaderModifier.set[0].value"),
+    ],
+)
+def test_what_envoy_cannot_do_rejects_the_route(rule: str, field: str) -> None:
+    """What the API allows, but Envoy refuses, never matches or sends on as no server reads it."""
+    parsed = _route(rule)
+    assert parsed.object is None
+    assert (_only(parsed).reason, _only(parsed).field) == ("UnsupportedValue", f"spec.rules[0].{field}")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "matches: [{method: TRACE}]",
+        *(PATH % value for value in ("/%20", "/%c3%a9", "/%25", "/%5B", "/%60", "/...", "/.a;b", "/a;/b")),
+        HEADERS % "{name: te, value: trailers}",
+        HEADERS % '{name: a, value: "é %41 a\\tb"}',
+        HEADERS % '{name: a, type: RegularExpression, value: " ?[\\x01-\\x7f]"}',
+        QUERY % "{name: a, value: 'a%20b+c=d/?|\"'}",
+        QUERY % "{name: a, type: RegularExpression, value: 'a b'}",
+        *(REWRITE % text for text in ("", "a", "/%20", "/a;b/", "/..")),
+        *(REDIRECT % text for text in ("/a?b=c?d", "?a")),
+        SET % '"100% é,\\tb"',
+        "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {remove: [connection, content-length]}}]",
+    ],
+)
+def test_what_is_next_to_it_is_served(rule: str) -> None:
+    """No value is rejected that Envoy does serve as it is written."""
+    _rule(rule)
 
 
 def test_sizes_of_a_route() -> None:
@@ -424,6 +566,18 @@ def test_rest_of_a_traffic_policy_is_ignored_with_warnings() -> None:
         "spec.timeout.http.maxConnectionDuration",
     }
     assert {(each.level, each.message) for each in parsed.rejections} == {(Level.WARNING, "not supported, ignored")}
+
+
+@pytest.mark.parametrize("zero", ["0s", "0h0ms"])
+def test_no_connect_timeout_is_not_served(zero: str) -> None:
+    """Envoy refuses a cluster without one; the default is served, and the policy's other timeouts."""
+    target = f"targetRef: {{group: {GATEWAY}, kind: Gateway, name: gw}}"
+    parsed = _policy(f"{{{target}, timeout: {{tcp: {{connectTimeout: {zero}}}, http: {{requestTimeout: 0s}}}}}}")
+    assert isinstance(parsed.object, BackendTrafficPolicy)
+    assert (parsed.object.connect_timeout, parsed.object.request_timeout) == (None, 0.0)
+    rejection = _only(parsed)
+    assert (rejection.reason, rejection.level) == ("UnsupportedValue", Level.ERROR)
+    assert rejection.field == "spec.timeout.tcp.connectTimeout"
 
 
 def test_targets_of_a_traffic_policy() -> None:

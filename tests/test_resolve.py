@@ -17,15 +17,20 @@ from tests.objects import (
     gateway,
     gateway_class,
     grant,
+    inference_model,
     listener,
+    objective,
     parent,
     pod,
     policy,
     pool,
     prefix,
     ref,
+    rewrite,
+    rewrite_rule,
     route,
     rule,
+    secret,
     service,
 )
 from xds.model import (
@@ -37,9 +42,14 @@ from xds.model import (
     Level,
     Listener,
     MatchType,
+    Meta,
+    Namespace,
     Object,
+    ObjectRef,
     ParentRef,
     PathMatch,
+    PoolSettings,
+    Renames,
     RequestRedirect,
     Respond,
     Route,
@@ -76,6 +86,152 @@ def reasons(topology: Topology) -> list[str]:
 def only_route(topology: Topology) -> Route:
     (found,) = [r for li in topology.listeners for host in li.virtual_hosts for r in host.routes]
     return found
+
+
+# --- HTTPS ---
+
+
+def chains(topology: Topology, port: int = 443) -> dict[str, dict[str, list[str]]]:
+    """Server name -> hostname -> the names of its routes, of a port of HTTPS."""
+    (found,) = [li for li in topology.listeners if li.port == port]
+    assert found.virtual_hosts == ()
+    return {
+        c.hostname: {host.hostname: [r.name for r in host.routes] for host in c.virtual_hosts} for c in found.chains
+    }
+
+
+def test_https_has_a_chain_for_each_listener() -> None:
+    """By server name, each with its own routes alone; what belongs to another of them is misdirected there. Its Secrets
+    are those of the Topology, each once."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", ["one"]),
+            listener("b", 443, "*.io", ["one", "two"]),
+            listener("c", 443, certificates=["two"]),
+            listener("d", 80),
+        ),
+        *(secret(name) for name in ("one", "two", "unused")),
+        route(rule(), hostnames=["a.io", "b.io", "c.com"]),
+    )
+    name = "default/route/0/0"
+    assert chains(topology) == {
+        "*": {"*.io": ["misdirected"], "a.io": ["misdirected"], "c.com": [name]},
+        "*.io": {"*.io": [], "a.io": ["misdirected"], "b.io": [name]},
+        "a.io": {"a.io": [name]},
+    }
+    assert [each.meta.ref.name for each in topology.secrets] == ["one", "two"]
+    assert topology.rejections == ()
+    (https,) = [li for li in topology.listeners if li.port == 443]
+    assert [[ref.name for ref in chain.certificates] for chain in https.chains] == [["two"], ["one", "two"], ["one"]]
+
+
+@pytest.mark.parametrize(
+    ("certificate", "reason"),
+    [
+        ("missing", "InvalidCertificateRef"),
+        ("there/cert", "RefNotPermitted"),
+    ],
+)
+def test_a_listener_without_a_certificate_is_not_served(certificate: str, reason: str) -> None:
+    """The Gateway is told which reference it is, and its other listeners are served, as is one with a good one left."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", [certificate]), listener("b", 443, "b.io", [certificate, "cert"]), listener()
+        ),
+        secret(),
+        secret(namespace="there"),
+        route(rule(), hostnames=["a.io", "b.io"]),
+    )
+    assert chains(topology) == {"b.io": {"b.io": ["default/route/0/0"]}}
+    assert [li.port for li in topology.listeners] == [443, 8080]
+    assert [(r.reason, r.field) for r in topology.rejections] == [(reason, "spec.listeners[0].tls.certificateRefs[0]")]
+
+
+def test_a_certificate_of_another_namespace_needs_a_grant() -> None:
+    """One for Gateways, not for HTTPRoutes."""
+    objects = gateway(listener("a", 443, certificates=["there/cert"])), secret(namespace="there")
+    for source, ports in (("HTTPRoute", []), ("Gateway", [443])):
+        topology = served(*objects, grant("default", "there", "Secret", "cert", source=source))
+        assert [li.port for li in topology.listeners] == ports
+        assert reasons(topology) == ([] if ports else ["RefNotPermitted"])
+
+
+def test_what_is_no_secret_is_no_certificate() -> None:
+    """A reference of another kind is named as such."""
+    https = listener("a", 443, certificates=["cert"])
+    other = replace(https, certificates=(ref("Service", "cert"),))
+    topology = served(gateway(other), secret())
+    assert topology.listeners == ()
+    assert reasons(topology) == ["InvalidCertificateRef"]
+
+
+def test_a_port_has_one_protocol() -> None:
+    """The older Gateway's; the other's listener is left out, with ProtocolConflict."""
+    topology = served(
+        gateway(listener(port=443), name="old", created="2026-01-01T00:00:00Z"),
+        gateway(listener("a", 443, "a.io", ["cert"]), listener("b", 444, certificates=["cert"]), name="new"),
+        secret(),
+    )
+    assert [(li.port, bool(li.chains)) for li in topology.listeners] == [(443, False), (444, True)]
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [("new", "ProtocolConflict")]
+
+
+# --- groups of Envoys ---
+
+
+def of_groups(topology: Topology) -> dict[str, dict[int, list[str]]]:
+    """Group -> port -> the names of its routes."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for li in topology.listeners:
+        found.setdefault(li.group, {})[li.port] = [r.name for host in li.virtual_hosts for r in host.routes]
+    return found
+
+
+def test_a_gateway_is_for_the_envoys_it_names() -> None:
+    """Each group has the Gateways that name it and those that name nobody; the same port is no conflict between groups.
+    Routes follow their Gateways, and clusters are shared."""
+    topology = served(
+        gateway(name="all"),
+        gateway(listener(port=81), name="edge", groups=["edge"]),
+        gateway(listener(port=81), name="inner", groups=["inner", "spare"]),
+        route(rule(), name="a", parents=[parent("all"), parent("edge")]),
+        route(rule(), name="b", parents=[parent("inner")]),
+    )
+    a, b = "default/a/0/0", "default/b/0/0"
+    assert topology.groups == ("edge", "inner", "spare")
+    assert of_groups(topology) == {
+        "": {8080: [a]},
+        "edge": {81: [a], 8080: [a]},
+        "inner": {81: [b], 8080: [a]},
+        "spare": {81: [b], 8080: [a]},
+    }
+    assert [c.name for c in topology.clusters] == [CLUSTER]
+    assert topology.rejections == ()
+
+
+def test_a_conflict_within_a_group_is_said_once() -> None:
+    """Two Gateways for one port conflict where one Envoy has both, and nowhere else."""
+    topology = served(
+        gateway(name="all", created="2026-01-01T00:00:00Z"),
+        gateway(name="edge", groups=["edge", "inner"]),
+        gateway(name="other", groups=["other"], created="2025-01-01T00:00:00Z"),
+    )
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [
+        ("edge", "HostnameConflict"),
+        ("all", "HostnameConflict"),
+    ]
+    assert of_groups(topology) == {group: {8080: []} for group in ("", "edge", "inner", "other")}
+
+
+def test_the_number_of_groups_is_bounded() -> None:
+    """The first hundred names are served; a Gateway beyond them is told so, and its other names are served."""
+    names = [f"g{i:03}" for i in range(101)]
+    topology = served(gateway(groups=names[:60]), gateway(listener(port=81), name="more", groups=names[59:]))
+    assert topology.groups == tuple(names[:100])
+    (rejection,) = topology.rejections
+    assert (rejection.ref and rejection.ref.name, rejection.reason) == ("more", "TooManyGroups")
+    assert "g100" in rejection.message
+    assert of_groups(topology)["g099"] == {81: []}
 
 
 # --- Gateways ---
@@ -190,6 +346,21 @@ def test_allowed_routes_admit_by_namespace_and_kind(allowed: Listener, namespace
     names = [name for host in routed(topology).values() for name in host]
     assert names == [f"{n}/route/0/0" for n in namespaces]
     assert reasons(topology) == ["NotAllowedByListeners"] * (2 - len(namespaces))
+
+
+def test_allowed_routes_select_by_the_labels_of_namespaces() -> None:
+    """All pairs of the selector; a Namespace of another name, or with another value, lets nobody in."""
+    admitting = gateway(listener(namespaces_from="Selector", selector={"team": "a", "tier": "x"}))
+    labels = {
+        "default": {"team": "a"},
+        "one": {"team": "a", "tier": "x", "more": "y"},
+        "two": {"team": "b", "tier": "x"},
+    }
+    spaces = [Namespace(Meta(ObjectRef("", "Namespace", "", name), labels=each)) for name, each in labels.items()]
+    routes = [route(rule(backend(namespace=name)), namespace=name) for name in labels]
+    topology = served(admitting, *routes, *spaces, service(namespace="one"))
+    assert [name for host in routed(topology).values() for name in host] == ["one/route/0/0"]
+    assert reasons(topology) == ["NotAllowedByListeners"] * 2
 
 
 @pytest.mark.parametrize(
@@ -411,6 +582,64 @@ def test_a_pool_makes_an_llm_route_and_its_strategy_a_picked_one(strategy: Strat
     """One pool among the backends is enough for both."""
     found = forwarded(route(rule(backend(), backend("llm", "InferencePool"))), pool(strategy=strategy))
     assert (found.llm, found.picked) == (True, picked)
+
+
+def test_models_ask_for_the_picker() -> None:
+    """A renamed model or one that may be shed, also of a DEFAULT pool; then unknown names are refused there, too. A
+    model that the pods serve as it is asks for nothing: the seed's pool needs no picker."""
+    to = route(rule(backend("llm", "InferencePool")))
+    plain = forwarded(to, pool(), inference_model("a", "m", ("m", 100)))
+    assert (plain.asked, plain.refuses, plain.renames, plain.objectives) == (False, False, (), False)
+    renamed = forwarded(to, pool(), inference_model("a", "m", ("lora", 1)))
+    assert (renamed.asked, renamed.picked, renamed.refuses) == (True, False, True)
+    assert renamed.renames == (Renames(("m",)),)
+    alias = forwarded(to, pool(), rewrite("a", rewrite_rule("m", targets=(("lora", 1),))))
+    assert (alias.asked, alias.refuses, alias.renames) == (True, False, (Renames(("m",)),))
+    shed = forwarded(to, pool(), objective("low", -1))
+    assert (shed.asked, shed.refuses, shed.objectives) == (True, True, True)
+    picked = forwarded(to, pool(strategy=Strategy.PREFIX_CACHE), inference_model("a", "m", ("m", 100)))
+    assert (picked.asked, picked.picked, picked.refuses, picked.renames) == (True, True, True, ())
+
+
+def test_each_pool_of_a_route_has_its_models() -> None:
+    """What one of them asks for is asked for the route; what two ask for alike, once."""
+    found = forwarded(
+        route(rule(*(backend(name, "InferencePool") for name in "abc"))),
+        *(pool(name) for name in "abc"),
+        inference_model("1", "m", ("x", 1), of="a"),
+        inference_model("2", "m", ("y", 1), of="b"),
+        rewrite("3", rewrite_rule("n", targets=(("z", 1),)), of="c"),
+    )
+    assert found.renames == (Renames(("m",)), Renames(("n",)))
+    assert found.refuses
+
+
+def test_conflicts_of_models_are_said_once() -> None:
+    """They are part of the topology's rejections, however many routes reach the pool."""
+    topology = served(
+        gateway(),
+        route(rule(backend("llm", "InferencePool")), name="a"),
+        route(rule(backend("llm", "InferencePool"), matches=[prefix("/b")]), name="b"),
+        pool(),
+        inference_model("old", created="2024-01-01T00:00:00Z"),
+        inference_model("young", created="2025-01-01T00:00:00Z"),
+    )
+    assert [(each.ref and each.ref.name, each.reason) for each in topology.rejections] == [("young", "Conflicted")]
+
+
+def test_session_headers_are_those_of_picked_pools() -> None:
+    """Each once, sorted; a pool without a picker has nobody to tell."""
+    settings = {
+        "a": ("x-b", Strategy.PREFIX_CACHE),
+        "b": ("x-a", Strategy.PREFIX_CACHE),
+        "c": ("x-c", Strategy.DEFAULT),
+    }
+    pools = [
+        pool(name, strategy=strategy, settings=PoolSettings(session_header=header))
+        for name, (header, strategy) in (settings | {"d": settings["a"], "e": ("", Strategy.PREFIX_CACHE)}).items()
+    ]
+    found = forwarded(route(rule(*(backend(name, "InferencePool") for name in "abcde"))), *pools)
+    assert found.session_headers == ("x-a", "x-b")
 
 
 @pytest.mark.parametrize(

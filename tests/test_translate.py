@@ -10,15 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.goldens import decoded
-from tests.objects import backend, config, gateway, gateway_class, listener, pod, pool, route, rule, service
+from tests.objects import (
+    backend,
+    config,
+    exact,
+    gateway,
+    gateway_class,
+    listener,
+    parent,
+    pod,
+    pool,
+    route,
+    rule,
+    secret,
+    service,
+)
+from xds import routes
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
-from xds.model import Cluster, Endpoint, Strategy, Topology
+from xds.model import Cluster, Endpoint, PoolSettings, Strategy, Topology
+from xds.pools import pool_config
 from xds.resolve import resolve
 from xds.snapshot import Snapshot, missing
 from xds.translate import reweigh, translate, with_loads
 from xds.weights import BASE
+from xds.wire import pool_config_pb2 as pb
 
 LLM = backend("llm", "InferencePool", port=0)
 OBJECTS = (gateway_class(), gateway(), service(), pool(), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"))
@@ -94,6 +111,8 @@ def test_a_snapshot_has_what_the_topology_has() -> None:
         "RouteConfiguration": ["http-8080"],
         "Cluster": [POOL.name, WEB.name, PICKER_CLUSTER],
         "ClusterLoadAssignment": [POOL.name, WEB.name],
+        "Secret": [],
+        "PoolConfig": [POOL.name],
         "PoolLoad": [],
     }
     assert missing(snapshot) == ()
@@ -137,6 +156,17 @@ def test_pool_loads_replace_those_before() -> None:
     assert after.resources[types.CLUSTER] is before.resources[types.CLUSTER]
 
 
+def test_each_pool_has_its_config() -> None:
+    """And no Service has one; what is set of a pool is in it, and touches nothing of Envoy's but the pool's cluster."""
+    pool = replace(POOL, strategy=Strategy.PREFIX_CACHE)
+    tuned = replace(pool, settings=PoolSettings(hash_balance_factor=150, request_cost=0))
+    before, after = (snapshot_of(replace(TOPOLOGY, clusters=(each, WEB))) for each in (pool, tuned))
+    assert list(before.resources[types.POOL_CONFIG]) == [POOL.name]
+    assert pb.PoolConfig.FromString(pool_config(tuned)).costs == pb.Costs(request_cost=0)
+    changed = {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]}
+    assert changed == {"PoolConfig", "Cluster"}
+
+
 def test_a_change_of_routes_does_not_touch_the_listener() -> None:
     """A changed listener drains connections and cuts running answers: routes, strategy and pods leave it alone."""
     changed = resolve(
@@ -159,6 +189,64 @@ def test_a_change_of_pods_touches_endpoints_alone() -> None:
     before = snapshot_of(resolve(config(*OBJECTS, route(rule(LLM)))))
     after = snapshot_of(changed)
     assert {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]} == {"ClusterLoadAssignment"}
+
+
+def test_a_port_of_https_has_routes_for_each_name_and_its_secrets() -> None:
+    """A RouteConfiguration for each chain, a secret for each certificate in use, and nothing dangling; the listener
+    does not change with what is in the Secret."""
+    tls = listener("a", 443, "a.io", certificates=["one"]), listener("b", 443, certificates=["one", "two"])
+    objects = (gateway_class(), gateway(*tls), service(), pod("a", "10.0.0.1"), route(rule(backend())))
+    snapshot = snapshot_of(resolve(config(*objects, *(secret(name) for name in ("one", "two", "unused")))))
+    assert missing(snapshot) == ()
+    assert list(snapshot.resources[types.LISTENER]) == ["https-443"]
+    assert list(snapshot.resources[types.ROUTE]) == ["https-443/*", "https-443/a.io"]
+    assert list(snapshot.resources[types.SECRET]) == ["secret/default/one", "secret/default/two"]
+    renewed = snapshot_of(resolve(config(*objects, secret("one", "second"), secret("two"))))
+    assert {types.label(t) for t in types.TYPES if renewed.versions[t] != snapshot.versions[t]} == {"Secret"}
+
+
+def test_what_is_equal_is_not_built_again() -> None:
+    """Of two configurations that differ in one route of many: listener and clusters are the same objects, and the
+    routes' bytes are those of a translation that knows nothing of the other."""
+
+    def made(path: str) -> Snapshot:
+        paths = [f"/{i}" for i in range(9)] + [path]
+        several = (route(rule(matches=[exact(p)]), name=f"r{i}") for i, p in enumerate(paths))
+        return snapshot_of(resolve(config(*OBJECTS, *several)))
+
+    before, after = made("/old"), made("/new")
+    for type_url in (types.LISTENER, types.CLUSTER):
+        for name, resource in before.resources[type_url].items():
+            assert after.resources[type_url][name] is resource
+    assert before.versions[types.ROUTE] != after.versions[types.ROUTE]
+    routes._routes.cache_clear()
+    assert made("/new").versions == after.versions
+
+
+def test_each_group_has_its_listeners_and_what_they_need() -> None:
+    """A group's resources have names of their own; its view is consistent, and has nothing of another's."""
+    objects = (
+        *OBJECTS[:1],
+        *OBJECTS[2:],
+        gateway(name="all"),
+        gateway(listener(port=81), name="edge", groups=["edge"]),
+    )
+    routes = (
+        route(rule(backend()), name="a", parents=[parent("all")]),
+        route(rule(LLM), name="b", parents=[parent("edge")]),
+    )
+    snapshot = snapshot_of(resolve(config(*objects, *routes)))
+    assert missing(snapshot) == ()
+    views = {group: snapshot.view(group).resources for group in snapshot.groups}
+    assert {group: list(view[types.LISTENER]) for group, view in views.items()} == {
+        "": ["http-8080"],
+        "edge": ["http-8080@edge", "http-81@edge"],
+    }
+    assert list(views["edge"][types.ROUTE]) == ["http-8080@edge", "http-81@edge"]
+    assert list(views[""][types.ENDPOINT]) == [WEB.name]
+    assert list(views[""][types.CLUSTER]) == [WEB.name, PICKER_CLUSTER]
+    assert list(views["edge"][types.CLUSTER]) == [POOL.name, WEB.name, PICKER_CLUSTER]
+    assert snapshot_of(TOPOLOGY).groups == {}
 
 
 @pytest.mark.parametrize("port", [80, 65535])

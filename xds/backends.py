@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
 
@@ -16,22 +16,22 @@ from xds.model import (
     CORE,
     GATEWAY,
     INFERENCE,
-    INFERENCE_X,
     BackendRef,
     Cluster,
     Config,
     Endpoint,
     EndpointSlice,
     InferencePool,
-    Level,
+    ObjectRef,
     Pod,
-    Rejection,
+    PoolModels,
     Service,
     ServicePort,
     authority,
 )
+from xds.models import POOL_GROUPS, PoolKey
 
-POOL_GROUPS = (INFERENCE, INFERENCE_X)
+NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
 METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
 
@@ -51,7 +51,8 @@ def service_cluster_name(namespace: str, name: str, port: int) -> str:
 class Backends:
     """Resolves the backendRefs of one Config; `clusters` fills with what was resolved (mutable, one per resolution)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
+        self._models = models
         self.clusters: dict[str, Cluster] = {}
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
         # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
@@ -65,12 +66,7 @@ class Backends:
         self._slices: defaultdict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
         for piece in config.endpoint_slices:
             self._slices[piece.meta.ref.namespace, piece.service].append(piece)
-        self._grants = {
-            (source, grant.meta.ref.namespace, target)
-            for grant in config.reference_grants
-            for source in grant.sources
-            for target in grant.targets
-        }
+        self._grants = granted(config)
 
     def resolve(
         self, backend: BackendRef, route_namespace: str, connect: float | None = None, idle: float | None = None
@@ -82,7 +78,9 @@ class Backends:
         """
         ref = backend.ref
         pods = self._pods[ref.namespace]
-        if ref.namespace != route_namespace and not self._granted(backend, route_namespace):
+        models = PoolModels()
+        source = (GATEWAY, "HTTPRoute", route_namespace)
+        if ref.namespace != route_namespace and not is_granted(self._grants, source, ref):
             return (
                 "RefNotPermitted",
                 f"no ReferenceGrant in {ref.namespace} lets HTTPRoutes of {route_namespace} use {ref}",
@@ -93,6 +91,7 @@ class Backends:
                 return "BackendNotFound", f"{ref} does not exist"
             name = pool_cluster_name(ref.namespace, ref.name)
             build = partial(pool_cluster, name, pool, pods)
+            models = self._models.get((ref.namespace, ref.name), models)
         elif ref.kind == "Service" and ref.group == CORE:
             service = self._services.get((ref.namespace, ref.name))
             if service is None:
@@ -106,13 +105,26 @@ class Backends:
         else:
             return "InvalidKind", f"{ref.kind} of group {ref.group!r} is not a Service or an InferencePool"
         if name not in self.clusters:
-            self.clusters[name] = replace(build(), connect_timeout=connect, connection_idle_timeout=idle)
+            self.clusters[name] = replace(build(), models=models, connect_timeout=connect, connection_idle_timeout=idle)
         return self.clusters[name]
 
-    def _granted(self, backend: BackendRef, route_namespace: str) -> bool:
-        source = (GATEWAY, "HTTPRoute", route_namespace)
-        ref = backend.ref
-        return any((source, ref.namespace, (ref.group, ref.kind, name)) in self._grants for name in ("", ref.name))
+
+Grants = Set[tuple[tuple[str, str, str], str, tuple[str, str, str]]]  # (source, namespace, target) as in ReferenceGrant
+
+
+def granted(config: Config) -> Grants:
+    """What ReferenceGrants let refer to what."""
+    return {
+        (source, grant.meta.ref.namespace, target)
+        for grant in config.reference_grants
+        for source in grant.sources
+        for target in grant.targets
+    }
+
+
+def is_granted(grants: Grants, source: tuple[str, str, str], ref: ObjectRef) -> bool:
+    """Whether `source` (group, kind, namespace) may refer to this object of another namespace."""
+    return any((source, ref.namespace, (ref.group, ref.kind, name)) in grants for name in ("", ref.name))
 
 
 def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
@@ -138,6 +150,8 @@ def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
         endpoints=_distinct(endpoints),
         strategy=pool.strategy,
         http2=pool.http2,
+        ref=pool.meta.ref,
+        settings=pool.settings,
     )
 
 
@@ -170,23 +184,7 @@ def service_cluster(
         name=name,
         endpoints=_distinct(endpoints),
         http2=port.app_protocol == "kubernetes.io/h2c",
-    )
-
-
-def unserved_targets(config: Config) -> tuple[Rejection, ...]:
-    """Warnings for InferenceModels that ask for what this version does not do: sending another name to the pod."""
-    return tuple(
-        Rejection(
-            model.meta.ref,
-            "UnsupportedValue",
-            f"model names are passed on unchanged: requests for {model.model_name!r} are not renamed to {target!r}",
-            "spec.targetModels",
-            model.meta.source,
-            Level.WARNING,
-        )
-        for model in config.models
-        for target, _ in model.targets
-        if target != model.model_name
+        ref=service.meta.ref,
     )
 
 

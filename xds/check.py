@@ -9,7 +9,7 @@ from typing import TextIO
 
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
-from xds.model import Forward, Level, Rejection, Respond, Topology
+from xds.model import Criticality, Forward, Level, ModelRule, Rejection, Respond, Topology
 from xds.resolve import CONTROLLER_NAMES, resolve
 from xds.translate import translate
 
@@ -59,13 +59,23 @@ def _served(topology: Topology) -> list[str]:
     """A line for each port, hostname and route, and one for each cluster."""
     lines = []
     for listener in topology.listeners:
-        lines.append(f"port {listener.port}")
-        for host in listener.virtual_hosts:
+        lines.append(
+            f"port {listener.port}{', HTTPS' if listener.chains else ''}"
+            + (f" of the Envoys {listener.group}" if listener.group else "")
+        )
+        for host in listener.all_virtual_hosts:
             lines += [f"  {host.hostname:20} {route.name:40} -> {_goal(route.action)}" for route in host.routes]
     for cluster in topology.clusters:
         strategy = cluster.strategy or "round robin"
         lines.append(f"cluster {cluster.name}: {strategy}, {len(cluster.endpoints)} endpoints")
+        lines += [f"  model {rule.name or 'any other':34} -> {_targets(rule)}" for rule in cluster.models.rules]
+        lines += [f"  objective {name:30} priority {priority}" for name, priority in cluster.models.objectives]
     return lines
+
+
+def _targets(rule: ModelRule) -> str:
+    targets = ", ".join(f"{name} ({weight})" for name, weight in rule.targets) or "as it is"
+    return targets if rule.criticality is Criticality.STANDARD else f"{targets}, {rule.criticality.value}"
 
 
 def _goal(action: object) -> str:

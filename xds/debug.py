@@ -11,14 +11,16 @@ from envoy_data_plane.google.protobuf import Any as PackedMessage
 from google.protobuf.json_format import MessageToDict
 
 from xds.control import Control
+from xds.in_flight import Reported
 from xds.model import Cluster, Endpoint, Rejection, authority
-from xds.snapshot import ENDPOINT, POOL_LOAD, TYPES, Snapshot, label
+from xds.snapshot import ENDPOINT, POOL_CONFIG, POOL_LOAD, SECRET, TYPES, Snapshot, label
 from xds.status import Page
 from xds.weights import BASE, Pool
-from xds.wire import discovery_pb2, endpoint_pb2, load_pb2
+from xds.wire import discovery_pb2, endpoint_pb2, load_pb2, pool_config_pb2
 
 OURS: Mapping[str, type[Any]] = {
     ENDPOINT: endpoint_pb2.ClusterLoadAssignment,
+    POOL_CONFIG: pool_config_pb2.PoolConfig,
     POOL_LOAD: load_pb2.PoolLoad,
 }  # decoded in ms, not in seconds
 
@@ -49,7 +51,11 @@ def describe(control: Control) -> dict[str, Any]:
     return {
         "ready": control.snapshot is not None,
         "ports": [
-            {"port": listener.port, "routes": sum(len(host.routes) for host in listener.virtual_hosts)}
+            {
+                "port": listener.port,
+                "group": listener.group,
+                "routes": sum(len(host.routes) for host in listener.all_virtual_hosts),
+            }
             for listener in control.topology.listeners
         ],
         "types": {
@@ -62,7 +68,7 @@ def describe(control: Control) -> dict[str, Any]:
             for type_url, by_name in resources.items()
         },
         "pools": [
-            _pool(cluster, control.pools[cluster.name], now)
+            _pool(cluster, control.pools[cluster.name], now, control.in_flight.of(cluster.name, now))
             for cluster in control.topology.clusters
             if cluster.name in control.pools
         ],
@@ -76,7 +82,9 @@ def decode(snapshot: Snapshot | None, type_label: str, name: str) -> dict[str, A
     resource = snapshot.resources[type_url].get(name) if snapshot and type_url else None
     if resource is None or type_url is None:
         return None
-    if type_url in OURS:
+    if type_url == SECRET:
+        body: dict[str, Any] = {"@type": type_url, "name": name}  # the rest is a private key
+    elif type_url in OURS:
         message = OURS[type_url].FromString(discovery_pb2.Any.FromString(resource.any).value)
         body = {"@type": type_url, **MessageToDict(message)}
     else:
@@ -84,16 +92,16 @@ def decode(snapshot: Snapshot | None, type_label: str, name: str) -> dict[str, A
     return {"name": name, "version": resource.version, "bytes": len(resource.any), "resource": body}
 
 
-def _pool(cluster: Cluster, pool: Pool, now: float) -> dict[str, Any]:
+def _pool(cluster: Cluster, pool: Pool, now: float, reported: Reported | None) -> dict[str, Any]:
     return {
         "name": cluster.name,
         "strategy": cluster.strategy,
-        "endpoints": [_endpoint(endpoint, pool, now) for endpoint in cluster.endpoints],
+        "endpoints": [_endpoint(endpoint, pool, now, reported) for endpoint in cluster.endpoints],
     }
 
 
-def _endpoint(endpoint: Endpoint, pool: Pool, now: float) -> dict[str, Any]:
-    """`age` in seconds, and the load, are null if its page was never read."""
+def _endpoint(endpoint: Endpoint, pool: Pool, now: float, reported: Reported | None) -> dict[str, Any]:
+    """`age` in seconds, and the load, are null if its page was never read; `in_flight` is if no Envoy reports."""
     member = pool.members.get(endpoint.hash_key)  # while a new configuration is translated the pool is ahead of it
     load = member.load if member else None
     return {
@@ -105,6 +113,7 @@ def _endpoint(endpoint: Endpoint, pool: Pool, now: float) -> dict[str, Any]:
         "running": load.running if load else None,
         "waiting": load.waiting if load else None,
         "kv_usage": load.kv_usage if load else None,
+        "in_flight": reported.to(endpoint.address, endpoint.port) if reported else None,
     }
 
 

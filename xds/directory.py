@@ -97,6 +97,9 @@ class DirectorySource:
         self.directory = directory
         self.index = Index()
 
+    def __str__(self) -> str:
+        return str(self.directory)
+
     def load(self) -> Config:
         """One look, without watching; raises DirectoryError."""
         return self._update(read(self.directory))

@@ -18,6 +18,7 @@ DISCOVERY = "discovery.k8s.io"
 GATEWAY = "gateway.networking.k8s.io"
 INFERENCE = "inference.networking.k8s.io"
 INFERENCE_X = "inference.networking.x-k8s.io"
+LLM_D = "llm-d.ai"
 ENVOY_GATEWAY = "gateway.envoyproxy.io"
 
 
@@ -102,20 +103,28 @@ class AllowedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """`hostname` is "" for any, else lower case, possibly `*.example.com`. Only protocol HTTP is accepted."""
+    """`hostname` is "" for any, else lower case, possibly `*.example.com`; `protocol` is HTTP or HTTPS.
+
+    `certificates` are Secrets, and `field` the path of their list in the Gateway.
+    """
 
     name: str
     port: int
     protocol: str
     hostname: str = ""
     allowed: AllowedRoutes = AllowedRoutes()
+    certificates: tuple[ObjectRef, ...] = ()
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
+    """`groups` are the Envoys it is for, by node.cluster or node.id; empty = all of them."""
+
     meta: Meta
     class_name: str
     listeners: tuple[Listener, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +267,15 @@ class BackendTrafficPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Secret:
+    """One of type kubernetes.io/tls: a certificate (chain) and its key, both PEM, known to belong together."""
+
+    meta: Meta
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ServicePort:
     """`target` is a number, or the name of a container port."""
 
@@ -305,6 +323,13 @@ class Pod:
     ports: Mapping[str, int]  # named container ports
 
 
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Its labels are what allowedRoutes may select by; without the object a namespace has only its name's."""
+
+    meta: Meta
+
+
 # --- inference extension ------------------------------------------------------------------------------------------
 
 
@@ -313,6 +338,25 @@ class Strategy(StrEnum):
 
     DEFAULT = "DEFAULT"
     PREFIX_CACHE = "PREFIX_CACHE"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What the pool's annotations `vllm-xds/...` say (xds/parse_settings.py), or their defaults.
+
+    `session_header` is the request header whose value keeps a session's requests together, lower case, "" for none.
+    The other ones are the picker's (picker/cost.py says what they do), None for its own default.
+    """
+
+    session_header: str = ""
+    # Percent of a pod's fair share of active requests: the net under a wrong pick, not the balancer. From 300 on it is
+    # free; 200 costs up to 15 % of the time to first token near saturation.
+    hash_balance_factor: int = 300
+    output_tokens: int | None = None  # tokens of a usual answer
+    prefill_rate: int | None = None  # tokens/s of a pod whose own rate is not known yet
+    request_cost: int | None = None  # tokens of prefill that a running request counts as
+    shed_waiting: int | None = None  # requests waiting on each pod that saturate the pool
+    shed_kv_usage: float | None = None  # 0..1, KV-cache use of each pod that saturates the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +372,7 @@ class InferencePool:
     strategy: Strategy = Strategy.DEFAULT
     http2: bool = False  # appProtocol kubernetes.io/h2c
     extension: str = ""
+    settings: PoolSettings = PoolSettings()
 
 
 class Criticality(Enum):
@@ -347,6 +392,32 @@ class InferenceModel:
     pool: ObjectRef
 
 
+@dataclass(frozen=True, slots=True)
+class RewriteRule:
+    """`models` are exact names, empty = every model; `targets` (model name, weight), empty = the name as it is."""
+
+    models: tuple[str, ...]
+    targets: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceModelRewrite:
+    """v1alpha2 of either group."""
+
+    meta: Meta
+    rules: tuple[RewriteRule, ...]
+    pool: ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceObjective:
+    """v1alpha2 of either group; a request names it in a header. Below 0 it may be shed."""
+
+    meta: Meta
+    priority: int
+    pool: ObjectRef
+
+
 Object = (
     GatewayClass
     | Gateway
@@ -356,8 +427,12 @@ Object = (
     | Service
     | EndpointSlice
     | Pod
+    | Namespace
+    | Secret
     | InferencePool
     | InferenceModel
+    | InferenceModelRewrite
+    | InferenceObjective
 )
 
 
@@ -373,8 +448,12 @@ class Config:
     services: tuple[Service, ...] = ()
     endpoint_slices: tuple[EndpointSlice, ...] = ()
     pods: tuple[Pod, ...] = ()
+    namespaces: tuple[Namespace, ...] = ()
+    secrets: tuple[Secret, ...] = ()
     pools: tuple[InferencePool, ...] = ()
     models: tuple[InferenceModel, ...] = ()
+    rewrites: tuple[InferenceModelRewrite, ...] = ()
+    objectives: tuple[InferenceObjective, ...] = ()
     rejections: tuple[Rejection, ...] = ()
 
     @property
@@ -389,8 +468,12 @@ class Config:
             *self.services,
             *self.endpoint_slices,
             *self.pods,
+            *self.namespaces,
+            *self.secrets,
             *self.pools,
             *self.models,
+            *self.rewrites,
+            *self.objectives,
         )
 
 
@@ -418,28 +501,96 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRule:
+    """What happens to requests for a model: `name` "" stands for every name without a rule of its own.
+
+    `targets` are (model name, weight), empty = the name is passed on.
+    """
+
+    name: str
+    targets: tuple[tuple[str, int], ...] = ()
+    criticality: Criticality = Criticality.STANDARD
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """Which model names a pool's pods must not be sent: `names`, and with `others` all but those of `kept`. Sorted."""
+
+    names: tuple[str, ...] = ()
+    others: bool = False
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolModels:
+    """What the objects say of a pool's models: one rule a name, sorted. `closed`: other names do not exist.
+
+    `objectives` are (name, priority), sorted.
+    """
+
+    rules: tuple[ModelRule, ...] = ()
+    closed: bool = False
+    objectives: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def renames(self) -> Renames | None:
+        """None when every name is passed on."""
+        rules = {rule.name: rule.targets for rule in self.rules}
+        others = rules.pop("", ())
+        names = tuple(name for name, targets in rules.items() if targets)
+        if not others:
+            return Renames(names) if names else None
+        kept = {name for name, targets in rules.items() if not targets}
+        if len({target for target, _ in others}) == 1 and others[0][0] not in names:
+            kept.add(others[0][0])
+        return Renames(names, others=True, kept=tuple(sorted(kept)))
+
+    @property
+    def sheds(self) -> bool:
+        """Whether any request may be refused when the pool is saturated."""
+        sheddable = any(rule.criticality is Criticality.SHEDDABLE for rule in self.rules)
+        return sheddable or any(priority < 0 for _, priority in self.objectives)
+
+    @property
+    def needs_picker(self) -> bool:
+        """Whether more is asked than the pods do themselves: they answer unknown names with 404."""
+        return self.renames is not None or self.sheds
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
 
-    `strategy` is None for a Service. `endpoints` are sorted.
+    `ref` is that pool or Service, `strategy` None for a Service. `endpoints` are sorted.
     """
 
     name: str
     endpoints: tuple[Endpoint, ...]
     strategy: Strategy | None = None
     http2: bool = False
+    settings: PoolSettings = PoolSettings()
+    models: PoolModels = PoolModels()
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
+    ref: ObjectRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500."""
+    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500.
+
+    `session_headers` are those of its PREFIX_CACHE pools, sorted; `renames` one for each of its pools that has any.
+    """
 
     clusters: tuple[tuple[str, int, Filters], ...]
     rewrite: URLRewrite | None = None
     llm: bool = False  # at least one backend is an InferencePool
     picked: bool = False  # at least one of them is PREFIX_CACHE
+    asked: bool = False  # the picker is asked: picked, or for the models of one of them
+    session_headers: tuple[str, ...] = ()
+    objectives: bool = False  # a request's objective counts
+    refuses: bool = False  # the picker may refuse a request
+    renames: tuple[Renames, ...] = ()
     timeout: float | None = None  # None = the default of its kind, 0 = none
     backend_timeout: float | None = None
     idle_timeout: float | None = None
@@ -471,20 +622,49 @@ class VirtualHost:
 
 
 @dataclass(frozen=True, slots=True)
-class PortListener:
-    """One TCP port of Envoy, whatever number of Gateway listeners share it; virtual hosts sorted by hostname."""
+class TlsChain:
+    """What a TLS port serves to clients that ask for one name: `hostname` as in VirtualHost, "*" for all other names.
 
-    port: int
+    `certificates` are Secrets of the Topology.
+    """
+
+    hostname: str
+    certificates: tuple[ObjectRef, ...]
     virtual_hosts: tuple[VirtualHost, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class PortListener:
+    """One TCP port of the Envoys of a group, whatever number of Gateway listeners share it.
+
+    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. HTTP has virtual hosts, HTTPS
+    has chains with their own; both are sorted by hostname.
+    """
+
+    port: int
+    virtual_hosts: tuple[VirtualHost, ...] = ()
+    group: str = ""
+    gateways: tuple[ObjectRef, ...] = ()
+    chains: tuple[TlsChain, ...] = ()
+
+    @property
+    def all_virtual_hosts(self) -> tuple[VirtualHost, ...]:
+        """Those of all its chains too."""
+        return (*self.virtual_hosts, *(host for chain in self.chains for host in chain.virtual_hosts))
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything to be served, sorted: equal Configs give equal Topologies."""
+    """Everything to be served, sorted: equal Configs give equal Topologies.
+
+    `groups` are the groups of Envoys that Gateways name; each has all ports that are for it, whoever else has them too.
+    """
 
     listeners: tuple[PortListener, ...] = ()
     clusters: tuple[Cluster, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    groups: tuple[str, ...] = ()
+    secrets: tuple[Secret, ...] = ()
 
 
 # --- loads and weights ------------------------------------------------------------------------------------------------
@@ -512,3 +692,6 @@ class Load:
     preemptions: float = 0.0
     prompt_tokens: float = 0.0
     generation_tokens: float = 0.0
+    max_lora: int = 0  # LoRA adapters the pod holds at a time; 0 = its page says nothing of adapters
+    running_adapters: tuple[str, ...] = ()  # with a request running, sorted
+    waiting_adapters: tuple[str, ...] = ()  # with a request waiting, sorted

@@ -1,6 +1,8 @@
 """Config -> Topology: Gateway API's rules of attachment, precedence and failure (pure).
 
+    Gateways  -> groups of Envoys            (the annotation vllm-xds/nodes; what follows is done for each group)
     Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname)
+    Secrets   -> certificates of HTTPS listeners
     HTTPRoutes -> attach to listeners        (sectionName, port, allowedRoutes, hostname intersection)
     matches   -> order within a virtual host (Gateway API precedence)
     backends  -> clusters and their endpoints (xds/backends.py)
@@ -14,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from xds.backends import Backends, unserved_targets
+from xds.backends import Backends, granted, is_granted
 from xds.model import (
+    CORE,
     GATEWAY,
     BackendTrafficPolicy,
     Cluster,
@@ -36,15 +39,19 @@ from xds.model import (
     Route,
     RouteMatch,
     RouteRule,
+    Secret,
     Strategy,
+    TlsChain,
     Topology,
     VirtualHost,
 )
+from xds.models import pool_models
 
 # Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
 
 ANY_HOST = "*"
+MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +68,46 @@ class _Attached:
 
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
-    rejections = list(unserved_targets(config))
+    models, conflicts = pool_models(config)
+    rejections = list(conflicts)
     gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
-    listeners = list(_distinct_listeners(gateways, rejections))
-    backends = Backends(config)
+    groups = _groups(gateways, rejections)
+    backends = Backends(config, models)
+    actions = _Actions(config, backends, rejections)
+    certificates = _Certificates(config, rejections)
+    listeners: list[PortListener] = []
+    for group in ("", *groups):
+        members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
+        listeners += _ports(group, members, config, actions, certificates, rejections)
+    clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
+    return Topology(tuple(listeners), clusters, tuple(dict.fromkeys(rejections)), groups, certificates.used())
 
+
+# --- gateways and listeners -------------------------------------------------------------------------------------------
+
+
+def _groups(gateways: list[Gateway], rejections: list[Rejection]) -> tuple[str, ...]:
+    """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
+    names = sorted({name for gateway in gateways for name in gateway.groups})
+    for gateway in gateways:
+        for name in gateway.groups:
+            if name in names[MAX_GROUPS:]:
+                message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
+                rejections.append(_about(gateway, "TooManyGroups", message, "metadata.annotations"))
+    return tuple(names[:MAX_GROUPS])
+
+
+def _ports(
+    group: str,
+    gateways: list[Gateway],
+    config: Config,
+    actions: _Actions,
+    certificates: _Certificates,
+    rejections: list[Rejection],
+) -> Iterator[PortListener]:
+    """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
+    distinct = _distinct_listeners(gateways, rejections)
+    listeners = [pair for pair in distinct if pair[1].protocol == "HTTP" or certificates.of(*pair)]
     ports: dict[int, list[Listener]] = {}
     for _, listener in listeners:
         ports.setdefault(listener.port, []).append(listener)
@@ -73,16 +115,38 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     for route in config.http_routes:
         for each in _attach(route, listeners, ports, config, rejections):
             attached[each.listener.port].append(each)
+    for port in sorted(ports):
+        owners = tuple({gateway.meta.ref: None for gateway, listener in listeners if listener.port == port})
+        if ports[port][0].protocol == "HTTP":
+            hosts = _virtual_hosts(ports[port], attached[port], actions)
+            yield PortListener(port, tuple(hosts), group, owners)
+        else:
+            here = [pair for pair in listeners if pair[1].port == port]
+            chains = [_chain(pair, here, attached[port], actions, certificates) for pair in here]
+            yield PortListener(port, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
 
-    actions = _Actions(config, backends, rejections)
-    port_listeners = tuple(
-        PortListener(port, tuple(_virtual_hosts(ports[port], attached[port], actions))) for port in sorted(ports)
-    )
-    clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(port_listeners, clusters, tuple(dict.fromkeys(rejections)))
 
+def _chain(
+    pair: tuple[Gateway, Listener],
+    of_port: list[tuple[Gateway, Listener]],
+    attached: list[_Attached],
+    actions: _Actions,
+    certificates: _Certificates,
+) -> TlsChain:
+    """What an HTTPS listener serves to those who ask for its name by SNI: its own hosts.
 
-# --- gateways and listeners -------------------------------------------------------------------------------------------
+    What a client asks of the port's other listeners on such a connection is answered with 421 Misdirected Request
+    (RFC 9110, section 15.5.20).
+    """
+    listener = pair[1]
+    own = [each for each in attached if each.listener is listener]
+    hosts = {host.hostname: host for host in _virtual_hosts([listener], own, actions)}
+    for _, other in of_port:
+        hostname = other.hostname or ANY_HOST
+        if other is not listener and hostname not in hosts and not _covers(hostname, listener.hostname or ANY_HOST):
+            hosts[hostname] = VirtualHost(hostname, (Route("misdirected", RouteMatch(), Respond(421)),))
+    ordered = tuple(hosts[hostname] for hostname in sorted(hosts))
+    return TlsChain(listener.hostname or ANY_HOST, certificates.of(*pair), ordered)
 
 
 def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:
@@ -100,11 +164,18 @@ def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[
 
 
 def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) -> Iterator[tuple[Gateway, Listener]]:
-    """Listeners in order of age; one that repeats an older one's port and hostname is left out (HostnameConflict)."""
+    """Listeners in order of age; one that repeats an older one's port and hostname (HostnameConflict), or asks for
+    another protocol there (ProtocolConflict), is left out."""
     taken: dict[tuple[int, str], str] = {}
+    protocols: dict[int, str] = {}
     for gateway in gateways:
         for i, listener in enumerate(gateway.listeners):
             name = f"{gateway.meta.ref} listener {listener.name}"
+            protocol = protocols.setdefault(listener.port, listener.protocol)
+            if protocol != listener.protocol:
+                message = f"port {listener.port} is one of {protocol} already"
+                rejections.append(_about(gateway, "ProtocolConflict", message, f"spec.listeners[{i}].protocol"))
+                continue
             owner = taken.setdefault((listener.port, listener.hostname), name)
             if owner == name:
                 yield gateway, listener
@@ -112,6 +183,44 @@ def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) ->
                 host = listener.hostname or "any hostname"
                 message = f"port {listener.port} for {host} is served by {owner} already"
                 rejections.append(_about(gateway, "HostnameConflict", message, f"spec.listeners[{i}]"))
+
+
+class _Certificates:
+    """The Secrets of HTTPS listeners; each listener's are looked for once."""
+
+    def __init__(self, config: Config, rejections: list[Rejection]) -> None:
+        self._secrets = {secret.meta.ref: secret for secret in config.secrets}
+        self._grants = granted(config)
+        self._rejections = rejections
+        self._found: dict[tuple[ObjectRef, str], tuple[ObjectRef, ...]] = {}
+
+    def of(self, gateway: Gateway, listener: Listener) -> tuple[ObjectRef, ...]:
+        """Those that exist and may be used; for each other one there is a rejection."""
+        key = gateway.meta.ref, listener.name
+        if key not in self._found:
+            self._found[key] = tuple(self._valid(gateway, listener))
+        return self._found[key]
+
+    def _valid(self, gateway: Gateway, listener: Listener) -> Iterator[ObjectRef]:
+        for i, ref in enumerate(listener.certificates):
+            namespace = gateway.meta.ref.namespace
+            reason = "InvalidCertificateRef"
+            if (ref.group, ref.kind) != (CORE, "Secret"):
+                message = f"{ref.kind} of group {ref.group!r} is not a Secret"
+            elif ref.namespace != namespace and not is_granted(self._grants, (GATEWAY, "Gateway", namespace), ref):
+                reason = "RefNotPermitted"
+                message = f"no ReferenceGrant in {ref.namespace} lets Gateways of {namespace} use {ref}"
+            elif ref not in self._secrets:
+                message = f"{ref} does not exist, or is no certificate with its key"
+            else:
+                yield ref
+                continue
+            self._rejections.append(_about(gateway, reason, message, f"{listener.field}[{i}]"))
+
+    def used(self) -> tuple[Secret, ...]:
+        """The Secrets of all listeners that were asked for, sorted."""
+        refs = {ref for found in self._found.values() for ref in found}
+        return tuple(self._secrets[ref] for ref in sorted(refs))
 
 
 # --- routes to listeners ----------------------------------------------------------------------------------------------
@@ -135,7 +244,7 @@ def _attach(
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
             continue
         named = [pair for pair in listeners if pair[0].meta.ref == parent.ref and _named(parent, pair[1])]
-        allowed = [pair for pair in named if _allows(pair[0], pair[1], route)]
+        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, config)]
         reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
         if not named:
             section = f" listener {parent.section}" if parent.section else ""
@@ -158,7 +267,7 @@ def _named(parent: ParentRef, listener: Listener) -> bool:
     return parent.section in ("", listener.name) and parent.port in (0, listener.port)
 
 
-def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
+def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, config: Config) -> bool:
     allowed = listener.allowed
     kind = (route.meta.ref.group, route.meta.ref.kind)
     if allowed.kinds and kind not in allowed.kinds:
@@ -169,8 +278,10 @@ def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
             return True
         case "Same":
             return namespace == gateway.meta.ref.namespace
-        case "Selector":  # every namespace carries this label; others need the Namespace objects
-            return allowed.selector == {"kubernetes.io/metadata.name": namespace}
+        case "Selector":
+            labels = next((each.meta.labels for each in config.namespaces if each.meta.ref.name == namespace), {})
+            name = {"kubernetes.io/metadata.name": namespace}  # a label that every namespace has, told or not
+            return bool(allowed.selector) and allowed.selector.items() <= {**labels, **name}.items()
         case _:
             return False
 
@@ -286,12 +397,20 @@ class _Actions:
         clusters = [self._backends.clusters[name] for name, _, _ in shares if name]
         if not clusters:
             return Respond(500)
+        picked = [cluster for cluster in clusters if cluster.strategy is Strategy.PREFIX_CACHE]
+        asked = bool(picked) or any(cluster.models.needs_picker for cluster in clusters)
+        models = [cluster.models for cluster in clusters] if asked else []
         timeouts = (rule.timeout, *(policy.request_timeout for policy in policies))
         return Forward(
             clusters=tuple(shares),
             rewrite=rule.filters.rewrite,
             llm=any(cluster.strategy is not None for cluster in clusters),
-            picked=any(cluster.strategy is Strategy.PREFIX_CACHE for cluster in clusters),
+            picked=bool(picked),
+            asked=asked,
+            objectives=any(each.objectives for each in models),
+            refuses=any(each.closed or each.sheds for each in models),
+            renames=tuple(dict.fromkeys(each.renames for each in models if each.renames is not None)),
+            session_headers=tuple(sorted({cluster.settings.session_header for cluster in picked} - {""})),
             timeout=_first(timeouts),
             backend_timeout=rule.backend_timeout,
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),

@@ -26,6 +26,8 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.kube import KubernetesSource
+from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.scrape import Scraper
 from xds.server import ManagementServer
@@ -90,10 +92,12 @@ status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
 class Gateway:
     """What one test works with. Write objects into `config`, then await `settled()`."""
 
-    def __init__(self, scratch: Path, *, delta: bool) -> None:
+    def __init__(self, scratch: Path, *, delta: bool, workers: int = 1) -> None:
         self.scratch = scratch
         self.delta = delta
+        self.workers = workers  # of the picker
         self.config = scratch / "config"
+        self.source: KubernetesSource | None = None  # in place of the directory
         self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
             free_port() for _ in range(5)
         )
@@ -106,7 +110,7 @@ class Gateway:
     # --- parts ---
 
     async def start_pods(
-        self, count: int, config: EngineConfig | None = None, kind: type[SimulatedPod] = SimulatedPod
+        self, count: int, config: EngineConfig | None = None, kind: Callable[..., SimulatedPod] = SimulatedPod
     ) -> None:
         net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
         for i in range(count):
@@ -130,37 +134,62 @@ class Gateway:
 
     async def start_server(self) -> None:
         self.server = ManagementServer(self.metrics)
+        reports = LoadReports(self.metrics)
         self.control = Control(
             self.server,
             Scraper(self.metrics, INTERVAL),
             self.metrics,
             interval=INTERVAL,
             # A busy machine may stall for longer than the 0.2 s of real life; no test here hangs a picker.
-            options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
+            options=Options(
+                bind="127.0.0.1",
+                pickers=bootstrap.worker_addresses(self._picker_address, self.workers),
+                picker_timeout=2.0,
+            ),
+            in_flight=reports.in_flight,
         )
-        await self.server.start([f"127.0.0.1:{self.xds_port}"])
-        self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
+        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
+        configs = (self.source or DirectorySource(self.config)).configs()
+        self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
+
+    @property
+    def _picker_address(self) -> str:
+        """Several workers need several addresses, and files are free."""
+        return f"127.0.0.1:{self.picker_port}" if self.workers == 1 else f"unix:{self.scratch}/picker.sock"
 
     async def stop_server(self) -> None:
         self._running.cancel()
         await asyncio.gather(self._running, return_exceptions=True)
         await self.server.stop(0)
 
-    async def start_envoy(self, tls_sds: str | None = None) -> None:
-        path = self.scratch / "envoy.yaml"
-        admin = f"127.0.0.1:{self.admin_port}"
-        server = f"127.0.0.1:{self.xds_port}"
-        path.write_text(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds))
-        self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
-        await self._stack.enter_async_context(self.envoy)
-        await self.envoy.ready(BOUND)
+    async def start_envoy(self, tls_sds: str | None = None, edit: Callable[[str], str] = str) -> None:
+        """An Envoy with our bootstrap, as `edit` leaves it."""
+        self.envoy = await self.another_envoy(self.admin_port, tls_sds=tls_sds, edit=edit)
 
-    async def start_picker(self, *options: str) -> None:
+    async def another_envoy(
+        self,
+        admin_port: int,
+        node_cluster: str = bootstrap.DEFAULT_NODE_CLUSTER,
+        tls_sds: str | None = None,
+        edit: Callable[[str], str] = str,
+    ) -> Envoy:
+        """One beside `envoy`, which stays the one the others ask."""
+        number = next(self._envoys)
+        path = self.scratch / f"envoy-{number}.yaml"
+        server, admin = f"127.0.0.1:{self.xds_port}", f"127.0.0.1:{admin_port}"
+        text = bootstrap.render(server, node_cluster=node_cluster, admin=admin, delta=self.delta, tls_sds=tls_sds)
+        path.write_text(edit(text))
+        envoy = Envoy(path, admin, self.scratch / f"envoy-{number}.log")
+        await self._stack.enter_async_context(envoy)
+        await envoy.ready(BOUND)
+        return envoy
+
+    async def start_picker(self, *options: str, until: str = "server connected") -> None:
         self.picker = await self._start_process(
-            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
-            *("--metrics-address", "127.0.0.1:0", *options),
-            until="server connected",
+            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", self._picker_address),
+            *("--workers", str(self.workers), "--metrics-address", "127.0.0.1:0", *options),
+            until=until,
         )
 
     async def start_server_process(self, *options: str, until: str = "client connected") -> asyncio.subprocess.Process:
@@ -203,12 +232,13 @@ class Gateway:
 
     async def picking(self) -> None:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
-        await self.settled(clients=2)
+        await self.settled(clients=1 + self.workers)
         async with asyncio.timeout(BOUND):
-            while not await self._healthy(PICKER_CLUSTER):
+            while not await self.healthy(PICKER_CLUSTER):
                 pass  # each look is a request to Envoy's admin API
 
-    async def _healthy(self, cluster: str) -> bool:
+    async def healthy(self, cluster: str) -> bool:
+        """What Envoy's health checks find of every host of a cluster."""
         statuses = (await self.envoy.get("/clusters?format=json"))["cluster_statuses"]
         hosts = next(status["host_statuses"] for status in statuses if status["name"] == cluster)
         return all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)

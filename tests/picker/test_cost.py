@@ -5,19 +5,37 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import mmh3
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picker.cost import LEAK, PREFILL_RATE, STALE, UNKNOWN_CHUNKS, PodLoad, Pool, PoolLoad
+from picker.cost import (
+    ADAPTER_FULL,
+    ADAPTER_LOAD,
+    ADAPTER_WAITS,
+    CN,
+    DEFAULT_COSTS,
+    LEAK,
+    MAX_ADAPTERS,
+    PREFILL_RATE,
+    STALE,
+    UNKNOWN_CHUNKS,
+    Costs,
+    PodLoad,
+    Pool,
+    PoolLoad,
+)
+from picker.memory import Memory, keys
 
 MANY = 1 << 20  # chunks: no bound in these tests
+SESSION = b"session."  # a hint's hash
 POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
 
 
 def path(name: str, chunks: int) -> list[bytes]:
     """Chained hashes of a prompt of `chunks` chunks."""
-    return [f"{name}{i}".encode() for i in range(chunks)]
+    return [mmh3.mmh3_x64_128_digest(f"{name}-{i}".encode())[:8] for i in range(chunks)]
 
 
 def pool(*pods: PodLoad, pickers: int = 1, now: float = 0.0) -> Pool:
@@ -163,6 +181,37 @@ def test_a_restart_forgets(change: dict[str, Any]) -> None:
     assert send(fleet, path("x", 10)) == "a"  # no backlog, no sends: cheaper than b
 
 
+@pytest.mark.parametrize(
+    ("loads", "saturated"),
+    [
+        ([(5.0, 0.0)], True),
+        ([(4.9, 0.79)], False),
+        ([(0.0, 0.8)], True),
+        ([(0.0, 0.8), (5.0, 0.1)], True),  # the larger of the two, each
+        ([(10.0, 0.0), (0.0, 0.0)], True),  # the average: 2 and 0
+        ([(9.0, 0.0), (0.0, 0.0)], False),
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.2)], True),  # 3 * 1.25 + 0.25 of 4
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.1)], False),
+        ([], False),
+    ],
+)
+def test_a_saturated_pool(loads: list[tuple[float, float]], saturated: bool) -> None:
+    """The average over the pods of max(waiting / 5, KV use / 0.8), from 1 on."""
+    fleet = pool(*(replace(POD, hash_key=str(i), waiting=w, kv_usage=kv) for i, (w, kv) in enumerate(loads)))
+    assert fleet.saturated(5.0, 0.8, 0.0) is saturated
+
+
+def test_what_is_not_known_saturates_no_pool() -> None:
+    """A pod without a fresh report counts as idle: with all of them stale, or never read, nobody is refused."""
+    full = [replace(POD, hash_key=name, waiting=50.0) for name in "abc"]
+    assert pool(*full).saturated(5.0, 0.8, STALE)
+    assert not pool(*full).saturated(5.0, 0.8, STALE + 0.1)
+    assert not pool(*(replace(pod, age=-1.0) for pod in full)).saturated(5.0, 0.8, 0.0)
+    half = [replace(full[0], waiting=9.0), replace(full[1], age=STALE + 1)]
+    assert not pool(*half).saturated(5.0, 0.8, 0.0)  # 1.8 and unknown: 0.9
+    assert pool(replace(half[0], waiting=10.0), half[1]).saturated(5.0, 0.8, 0.0)
+
+
 def test_no_fresh_report_no_pick() -> None:
     """Older than STALE, never read, or no pods at all: the caller falls back."""
     assert send(pool(POD), [], STALE) == "a"
@@ -200,6 +249,155 @@ def test_a_short_answer_needs_less_room() -> None:
         assert fleet.pick([], 10, max_tokens, None, 0.0) == picked
 
 
+def adapted(names: str = "ab", **fields: Any) -> list[PodLoad]:
+    """Pods for two adapters at a time, on which nothing runs."""
+    return pods(names, max_lora=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("load", "cost"),
+    [
+        ({"running_adapters": ("x",)}, 0.0),
+        ({"running_adapters": ("x", "y")}, 0.0),
+        ({}, ADAPTER_LOAD),
+        ({"running_adapters": ("y",)}, ADAPTER_LOAD),
+        ({"max_lora": 0}, ADAPTER_LOAD),  # its page says nothing of adapters
+        ({"waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z"), "waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z")}, ADAPTER_FULL),
+    ],
+)
+def test_what_an_adapter_costs(load: dict[str, Any], cost: float) -> None:
+    """Loaded, room, waited for, full: A of each, against a pod that holds it and is busier by just more or less."""
+    assert 0 < ADAPTER_LOAD < ADAPTER_WAITS < ADAPTER_FULL
+    pod = replace(*adapted("a"), **load)
+    for tokens, picked in ((cost + 1, "a"), (cost - 1, "b")):
+        busier = replace(*adapted("b"), running=1.0 + tokens / CN, running_adapters=("x",))
+        assert pool(replace(pod, running=1.0), busier).pick([], 0, None, None, 0.0, None, "x") == picked
+
+
+def test_a_model_nobody_reports_as_an_adapter_is_none() -> None:
+    """The base model costs the same wherever it is asked for; so does the first request for an adapter."""
+    loads = (*adapted("a", running=1.0), *adapted("b", running_adapters=("y", "z")))
+    for model in ("base", "x", ""):
+        assert pool(*loads).pick([], 0, None, None, 0.0, None, model) == "b"
+    loads = (loads[0], replace(loads[1], waiting_adapters=("y", "x")))
+    assert pool(*loads).pick([], 0, None, None, 0.0, None, "x") == "a"
+
+
+def test_a_burst_that_no_page_shows_counts() -> None:
+    """Requests that Envoys have in flight to a pod, and what was sent there since they said so, are there although its
+    page is older and shows none; without such reports the page is all there is."""
+    idle, busy = PodLoad("a", running=3.0), PodLoad("b", in_flight=9)
+    for age, picked in ((None, "b"), (0.5, "a")):
+        fleet = pool()
+        fleet.update(PoolLoad("p", (idle, busy), age), MANY, 0.0)
+        assert fleet.pick([], 0, None, None, 0.0) == picked
+
+
+def test_in_flight_is_what_is_fresher() -> None:
+    """What was sent before the Envoys' report is in it, what was sent since comes on top; a page with more counts."""
+    fleet = pool(PodLoad("a"))
+    pod = fleet._pods["a"]
+    for now in (1.0, 2.0, 3.0):
+        assert fleet.pick([], 0, None, None, now) == "a"
+
+    def busyness(in_flight: int, age: float | None, running: float = 0.0) -> float:
+        load = PodLoad("a", age=4.0, running=running, in_flight=in_flight)
+        fleet.update(PoolLoad("p", (load,), age), MANY, 4.0)
+        return pod.busyness(1)[0]
+
+    assert busyness(0, None) == 3  # sent since the page
+    assert busyness(7, 1.5) == 8  # one of them since the report
+    assert busyness(7, 0.0) == 7
+    assert busyness(1, 0.5) == 3  # an Envoy that does not report has some too
+    assert busyness(7, 1.5, running=10.0) == 13
+
+
+def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
+    """Also those that no report shows running: as many as it has places, and none after a restart."""
+    loads = tuple(adapted(waiting_adapters=("x", "y", "z")))
+    fleet = pool(*loads)
+    fleet.update(PoolLoad("p", tuple(adapted())), MANY, 0.0)
+    pod = fleet._pods[fleet.pick([], 0, None, None, 0.0, None, "x") or ""]
+    assert pod.adapter_cost("x") == 0.0
+    for adapter, held in (("y", "xy"), ("x", "xy"), ("z", "xz")):
+        pod.send([], adapter, 0.0, 0.0, 0.0, DEFAULT_COSTS)
+        assert [name for name in "xyz" if not pod.adapter_cost(name)] == list(held)
+    pod.report(replace(pod.load, running_adapters=("y",)), MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == ["y", "z"]
+    pod.report(replace(pod.load, start_time=9.0, running_adapters=()), MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == []
+
+
+def test_adapters_known_are_bounded() -> None:
+    """However many names pods make up."""
+    fleet = pool()
+    for i in range(0, 2 * MAX_ADAPTERS, 512):
+        names = tuple(str(n) for n in range(i, i + 512))
+        fleet.update(PoolLoad("p", (PodLoad("a", running_adapters=names),)), MANY, 0.0)
+    assert len(fleet._adapters) == MAX_ADAPTERS
+
+
+@pytest.mark.parametrize(
+    ("costs", "picked"),
+    [
+        (Costs(), "b"),  # 1000 * 1.3 + 100 against 1000
+        (Costs(request_cost=0.0), "b"),
+        (Costs(output_tokens=2000.0), "a"),  # 1000 beyond b's cache, at 2 each
+        (Costs(prefill_rate=1e6), "b"),
+    ],
+)
+def test_what_an_operator_sets_counts(costs: Costs, picked: str) -> None:
+    """The usual answer's length decides whether it fits; the other two on their own below."""
+    fleet = pool(replace(POD, running=1.0), replace(POD, hash_key="b", kv_usage=0.8, kv_tokens=10_000))
+    fleet.costs = costs
+    assert fleet.pick([], 1000, None, None, 0.0) == picked
+
+
+def test_the_cost_of_a_running_request_can_be_set() -> None:
+    """At 0 an empty prompt costs as much where more run, as it does nowhere else."""
+    for cost, model, picked in ((0.0, "x", "a"), (CN, "x", "b"), (0.0, "y", "b")):
+        fleet = pool(*adapted("a", running=5.0, running_adapters=("x",)), *adapted("b", running_adapters=("y",)))
+        fleet.costs = Costs(request_cost=cost)
+        assert fleet.pick([], 0, None, None, 0.0, None, model) == picked
+
+
+def test_the_prefill_rate_of_an_unknown_pod_can_be_set() -> None:
+    """Its backlog leaks at LEAK of it; a pod whose own rate is known does not follow."""
+    for rate, picked in ((0.0, "a"), (1000.0, "b")):
+        fleet = pool(replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))
+        fleet.costs = Costs(prefill_rate=50_000.0)
+        assert fleet.pick([], 7000, None, None, 0.0) == "a"
+        fleet.update(
+            PoolLoad("p", (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))), MANY, 0.3
+        )
+        assert fleet.pick([], 1, None, None, 0.3) == picked
+
+
+@pytest.mark.parametrize(("busier", "stays"), [(4.0, True), (6.0, False)])
+def test_a_hint_keeps_a_short_prompt(busier: float, stays: bool) -> None:
+    """Below one chunk a session stays for what its tokens are worth: 500 of them, five running requests."""
+    fleet = pool(POD, replace(POD, hash_key="b", running=9.0))
+    assert fleet.pick([], 500, None, None, 0.0, SESSION) == "a"
+    fleet.update(PoolLoad("p", (replace(POD, running=busier), replace(POD, hash_key="b"))), MANY, 2.0)
+    assert (fleet.pick([], 500, None, None, 2.0, SESSION) == "a") is stays
+
+
+def test_a_hint_is_worth_one_chunk() -> None:
+    """It says no more than that, whatever the prompt's length, and nothing where a chunk of the text was seen."""
+    for tokens, cached in ((100, 100), (512, 512), (5000, 512)):
+        fleet = pool(replace(POD, hash_key="a"))
+        fleet.pick([], tokens, None, None, 0.0, SESSION)
+        pod = fleet._pods["a"]
+        assert pod.cached([], keys([SESSION]), tokens) == cached
+        assert pod.cached(keys([b"new one."]), keys([SESSION]), tokens) == cached
+        assert pod.cached([], keys([b"another."]), tokens) == pod.cached([], [], tokens) == 0
+    fleet = pool(replace(POD, hash_key="a"))
+    fleet.pick(path("x", 3), 2000, None, None, 0.0, SESSION)
+    assert fleet._pods["a"].cached(keys(path("x", 9)), keys([SESSION]), 5000) == 3 * 512
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 300), st.floats(0, 1), st.integers(0, 10**6), st.floats(-1, 30)), min_size=1, max_size=6
@@ -221,3 +419,40 @@ def test_a_pick_is_always_a_known_pod(
         picked = send(fleet, path(str(family), chunks), now)
         fresh = any(pod.age >= 0 and now + pod.age <= STALE for pod in report.pods)
         assert picked in {pod.hash_key for pod in report.pods} if fresh else picked is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
+)
+def test_workers_that_share_their_memory_pick_as_one(events: list[tuple[int, int, float, bool]]) -> None:
+    """Whoever of three gets which request: each pick is the one a lone picker would have made, load reports between."""
+    alone = Pool(Random(1).random)
+    memory, random = Memory(), Random(1)
+    workers = [Pool(random.random, 1, memory, "p") for _ in range(3)]
+    now = 0.0
+    report = PoolLoad("p", tuple(pods("abcd")))
+    for each in (alone, *workers):
+        each.update(report, MANY, now)
+    for turn, (family, chunks, pause, reported) in enumerate(events):
+        now += pause
+        if reported:
+            report = PoolLoad("p", tuple(pods("abcd", running=float(turn), prefill_rate=1000.0 * (turn + 1))))
+            for each in (alone, *workers):
+                each.update(report, MANY, now)
+        asked = path(str(family), chunks)
+        assert send(workers[(turn * 7 + family) % 3], asked, now) == send(alone, asked, now)
+    assert workers[0].chunks == workers[1].chunks == alone.chunks
+
+
+def test_what_others_sent_between_two_looks_is_shared_out() -> None:
+    """Of ten requests that another worker sent in the second before a report that is half a second old, five count."""
+    memory = Memory()
+    mine, other = (Pool(Random(1).random, 1, memory, "p") for _ in range(2))
+    for each in (mine, other):
+        each.update(PoolLoad("p", (POD,)), MANY, 10.0)
+    for tenth in range(1, 11):
+        send(other, [], 10.0 + tenth / 10)
+    mine.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    other.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    assert [each._pods["a"].busyness(1)[0] for each in (mine, other)] == [8.0, 8.0]
+    assert [each._pods["a"].busyness(4)[0] for each in (mine, other)] == [23.0, 23.0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import fields, replace
 from itertools import count, islice
 from random import Random
 
@@ -11,7 +11,7 @@ import pytest
 
 from bench.sim_envoy import Host
 from bench.sim_epp import Gauges
-from bench.sim_fleet import CONFIG, INTERVAL, POOL, Fleet, Pod, load
+from bench.sim_fleet import CONFIG, POOL, Fleet, Pod, load
 from bench.sim_policies import POLICIES, PickedPolicy
 from bench.sim_requests import GENERATED, Session, Turn, Workload
 from bench.sim_run import RESTART, SCALE_UP, SLOW, STEADY, Job, Result, Scenario, capacity, simulate
@@ -21,6 +21,7 @@ from bench.vllm_stats import HttpStats
 from picker.cost import PoolLoad
 from xds.exposition import parse_page
 from xds.model import Load
+from xds.scrape import INTERVAL
 
 BY_NAME = {workload.name: workload for workload in GENERATED}
 
@@ -48,7 +49,9 @@ def test_a_load_is_what_the_metrics_page_says() -> None:
     page = MetricsPage(engine.config, "m", 77.0).render(engine.stats, HttpStats())
     parsed = parse_page(page)
     assert isinstance(parsed, Load)
-    assert astuple(load(engine, 77.0)) == pytest.approx(astuple(parsed))
+    read = load(engine, 77.0)
+    for field in fields(Load):
+        assert getattr(read, field.name) == pytest.approx(getattr(parsed, field.name)), field.name
     assert engine.stats.prefill.count > 0
     assert engine.stats.running > 0
 
@@ -109,14 +112,20 @@ def test_requests_interrupt_what_is_computed_at_once() -> None:
 
 
 def test_pickers_are_told_each_interval() -> None:
-    """The product's own report: every pod that is listed, read within the last interval, with what its page says."""
+    """The product's own report: every pod that is listed, read within the last interval, with what its page says.
+
+    Between two of them, what Envoy has in flight.
+    """
     policy = Noting()
     fleet = play([Session(0.5, (turn(8000, 400),)), Session(29.0, (turn(800, 1),))], policy)
-    assert [at for at, _ in policy.loads[:4]] == [0.0, INTERVAL, 2 * INTERVAL, 3 * INTERVAL]
+    assert [at for at, _ in policy.loads[:7]] == [0.0, 0.5, 1.5, INTERVAL, 2.5, 3.5, 2 * INTERVAL]
+    assert policy.loads[0][1].in_flight_age is None
+    assert [loads.in_flight_age for _, loads in policy.loads[1:5]] == [0.0, 0.0, 0.5, 0.0]
+    assert [[pod.in_flight for pod in loads.pods] for _, loads in policy.loads[1:3]] == [[0, 0], [1, 0]]
     assert {loads.name for _, loads in policy.loads} == {POOL}
     names = ("default/pod-0", "default/pod-1")
     assert {tuple(pod.hash_key for pod in loads.pods) for _, loads in policy.loads} == {names}
-    _, loads = policy.loads[2]
+    _, loads = policy.loads[6]
     busy, idle = loads.pods
     assert (busy.running, idle.running, busy.kv_tokens) == (1, 0, CONFIG.num_gpu_blocks * CONFIG.block_size)
     assert all(0 <= pod.age <= INTERVAL for _, told in policy.loads[1:] for pod in told.pods)

@@ -13,8 +13,8 @@ from itertools import cycle
 from bench.sim_envoy import Host, LeastRequest, RingHash, RoundRobin
 from bench.sim_epp import BLOCK as EPP_BLOCK
 from bench.sim_epp import BLOCKS, REFRESH, EndpointPicker
-from bench.sim_fleet import CONFIG, POOL, VLLM_BLOCK, Pod, Policy
-from bench.sim_requests import BLOCK, Turn
+from bench.sim_fleet import POOL, VLLM_BLOCK, Pod, Policy
+from bench.sim_requests import Turn
 from picker.cost import PoolLoad
 from picker.pick import Picker
 from xds.clusters import RING_SIZE
@@ -82,10 +82,14 @@ class EndpointPickerPolicy(_Blind):
     """The default profile of the Gateway API Inference Extension; its pick is where the request goes."""
 
     def __init__(self, draw: random.Random) -> None:
-        self._picker = EndpointPicker(CONFIG.num_gpu_blocks * BLOCK // VLLM_BLOCK, draw)
+        self._draw = draw
+        self._picker: EndpointPicker
         self._pods: dict[str, Pod] = {}
 
     def members(self, pods: Sequence[Pod]) -> None:
+        if not self._pods:
+            config = pods[0].engine.config
+            self._picker = EndpointPicker(config.num_gpu_blocks * config.block_size // VLLM_BLOCK, self._draw)
         members = {pod.host.hash_key: pod for pod in pods}
         for gone in self._pods.keys() - members.keys():
             self._picker.forget(gone)

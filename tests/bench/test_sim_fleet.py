@@ -128,7 +128,8 @@ def test_pickers_are_told_each_interval() -> None:
     _, loads = policy.loads[6]
     busy, idle = loads.pods
     assert (busy.running, idle.running, busy.kv_tokens) == (1, 0, CONFIG.num_gpu_blocks * CONFIG.block_size)
-    assert all(0 <= pod.age <= INTERVAL for _, told in policy.loads[1:] for pod in told.pods)
+    assert [[pod.age for pod in loads.pods] for _, loads in policy.loads[:2]] == [[0.0, -1.0], [0.5, -1.0]]
+    assert all(0 <= pod.age <= INTERVAL for _, told in policy.loads[2:] for pod in told.pods)
     added = [*fleet.pods, Pod(2, CONFIG, 30.0)]
     fleet.set_pods(added)
     assert len(policy.loads[-1][1].pods) == 3

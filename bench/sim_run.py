@@ -20,7 +20,7 @@ from bench.vllm_engine import EngineConfig
 TAIL = 30.0  # seconds that traffic goes on after the last request that is measured was sent
 POINTS = 200  # of a distribution that are kept
 GROWTH = 0.01  # of the requests that may be left over at the end of a run: beyond it a fleet does not keep up
-EXACT = 1.03  # ratio of a rate that is kept up with and one that is not, at which the search for capacity ends
+EXACT = 1.05  # ratio of a rate that is kept up with and one that is not, at which the search for capacity ends
 DOWN = 20.0  # seconds a pod is away while it restarts
 
 
@@ -93,8 +93,10 @@ def simulate(job: Job, policies: Sequence[str], tell: Callable[[str], None] = la
         yield _result(policy, record, window)
 
 
-def capacity(workload: Workload, pods: int, guess: float, policy: str, config: EngineConfig = CONFIG) -> float:
-    """The most requests a second and pod that a fleet under `policy` keeps up with, to a few percent; from `guess`.
+def capacity(
+    workload: Workload, pods: int, guess: float, policy: str, config: EngineConfig = CONFIG, exact: float = EXACT
+) -> float:
+    """The most requests a second and pod that a fleet under `policy` keeps up with, to `exact`; from `guess`.
 
     It keeps up when at the end of a run no more requests are in flight than at its beginning, but for GROWTH of those
     that came.
@@ -111,7 +113,7 @@ def capacity(workload: Workload, pods: int, guess: float, policy: str, config: E
     else:
         while not keeps_up(low := low / 1.5):
             high = low
-    while high / low > EXACT:
+    while high / low > exact:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if keeps_up(middle) else (low, middle)
     return low

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +36,7 @@ from bench.sim_report import (
     summary,
 )
 from bench.sim_requests import GENERATED, TraceError, Workload, read_trace, trace_workload
-from bench.sim_run import SCENARIOS, STEADY, Job, Result, Scenario, capacity, simulate
+from bench.sim_run import EXACT, SCENARIOS, STEADY, Job, Result, Scenario, capacity, simulate
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- written by python -m bench.simulate --write -->\n", "<!-- end of bench.simulate -->\n"
@@ -50,10 +50,12 @@ LOAD = 0.85  # of the comparisons at one load
 LIGHT = 0.7  # of the scenarios: a pod fewer is no overload yet
 CONFIGS = {"32B": CONFIG, "8B": SMALL}
 GUESS = 2.0  # requests a second and pod, where the search for capacity begins
-FEW = ("DEFAULT", BASE, OURS)
-SOME = (*FEW, "4 pickers", "stateless")
-TIMELINE = "conversation"  # the workload whose pods are shown over time, where it is there; else the first
+TWO = (BASE, OURS)
+FEW = ("DEFAULT", *TWO)
+TIMELINE = "mooncake_conversation"  # the workload whose pods are shown over time, where it is there; else the first
 SHOWN = ("round robin", "DEFAULT", "first-block hash", BASE, OURS)  # in plots: more lines are not told apart
+QUICK_PODS = 2
+QUICK = {"warm": 15.0, "span": 45.0}  # seconds: a form that shows that all of it runs; its figures mean little
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,22 @@ class Task:
 
 
 @cache
-def workload(name: str, trace: str) -> Workload:
+def workload(name: str, trace: str, *, quick: bool = False) -> Workload:
     if not trace:
-        return next(each for each in GENERATED if each.name == name)
+        made = next(each for each in GENERATED if each.name == name)
+        return replace(made, **QUICK) if quick else made
     with Path(trace).open() as lines:
         return trace_workload(name, read_trace(lines))
 
 
-def find_capacity(name: str, trace: str, model: str) -> float:
-    return capacity(workload(name, trace), PODS, GUESS, BASE, CONFIGS[model])
+def find_capacity(name: str, trace: str, model: str, *, quick: bool) -> float:
+    pods, exact = (QUICK_PODS, 1.5) if quick else (PODS, EXACT)
+    return capacity(workload(name, trace, quick=quick), pods, GUESS, BASE, CONFIGS[model], exact)
 
 
-def run(task: Task, seed: int) -> list[Result]:
+def run(task: Task, seed: int, *, quick: bool) -> list[Result]:
     job = Job(
-        workload(task.case.workload, task.trace),
+        workload(task.case.workload, task.trace, quick=quick),
         task.pods,
         task.capacity * task.case.load * task.pods,
         task.scenario,
@@ -95,17 +99,21 @@ def run(task: Task, seed: int) -> list[Result]:
 
 def tasks(names: Mapping[str, str], found: Mapping[tuple[str, str], float], *, quick: bool) -> Iterator[Task]:
     """Every job, the longest first; `found` are capacities by workload and model."""
+    if quick:
+        for name, trace in names.items():
+            yield Task(Case(name, f"{QUICK_PODS} pods", LOAD), trace, QUICK_PODS, found[name, "32B"], FEW)
+        return
+    for name, trace in names.items():
+        yield Task(Case(name, "32 pods", LOAD), trace, 32, found[name, "32B"], FEW)
     for name, trace in names.items():
         cap = found[name, "32B"]
-        for load in (LOAD,) if quick else LOADS:
-            yield Task(Case(name, f"{PODS} pods", load), trace, PODS, cap, FEW if quick else tuple(POLICIES))
-        if quick:
-            continue
-        for pods in (32, 4):
-            yield Task(Case(name, f"{pods} pods", LOAD), trace, pods, cap, SOME)
-        yield Task(Case(name, f"{PODS} pods of an 8B model", LOAD), trace, PODS, found[name, "8B"], FEW, "8B")
+        for load in LOADS:
+            policies = tuple(POLICIES) if load == LOAD else SHOWN
+            yield Task(Case(name, f"{PODS} pods", load), trace, PODS, cap, policies)
+        yield Task(Case(name, "4 pods", LOAD), trace, 4, cap, FEW)
+        yield Task(Case(name, f"{PODS} pods of an 8B model", LOAD), trace, PODS, found[name, "8B"], TWO, "8B")
         for scenario in SCENARIOS:
-            yield Task(Case(name, scenario.name, LIGHT), trace, PODS, cap, FEW, scenario=scenario)
+            yield Task(Case(name, scenario.name, LIGHT), trace, PODS, cap, TWO, scenario=scenario)
 
 
 def execute(
@@ -115,13 +123,13 @@ def execute(
     models = ["32B"] if quick else list(CONFIGS)
     with ProcessPoolExecutor(jobs) as pool:
         searches = {
-            pool.submit(find_capacity, name, trace, model): (name, model)
+            pool.submit(find_capacity, name, trace, model, quick=quick): (name, model)
             for model in models
             for name, trace in names.items()
         }
         found = dict(_finished("capacities", searches))
         work = list(tasks(names, found, quick=quick))
-        running = {pool.submit(run, task, seed): task.case for task in work}
+        running = {pool.submit(run, task, seed, quick=quick): task.case for task in work}
         results = dict(_finished("jobs", running))
     by_name = {name: {model: found[name, model] for model in models} for name in names}
     return by_name, {task.case: results[task.case] for task in work}
@@ -144,12 +152,12 @@ def part(results: Results, fleets: Sequence[str], load: float | None = None) -> 
 
 def tables(found: Mapping[str, Mapping[str, float]], results: Results) -> list[Table]:
     """Everything that is printed."""
-    steady = f"{PODS} pods"
+    steady = next(case.fleet for case in results if case.fleet in (f"{PODS} pods", f"{QUICK_PODS} pods"))
     others = [fleet for fleet in dict.fromkeys(case.fleet for case in results) if fleet != steady]
     return [
         capacities(found),
-        summary(f"Over all workloads, {steady}", part(results, [steady])),
-        each(f"{OURS} beside {BASE}", part(results, [steady]), (BASE, OURS)),
+        summary("Over all workloads", part(results, [steady])),
+        each(f"{OURS} beside {BASE}", results, TWO),
         each(f"All policies, {steady}, {LOAD:.0%} load", part(results, [steady], LOAD)),
         *([summary("Other fleets", part(results, others))] if others else []),
     ]
@@ -162,11 +170,12 @@ def plots(results: Results) -> dict[str, str]:
         for case, found in part(results, [f"{PODS} pods"]).items()
     }
     at_load = {case: found for case, found in steady.items() if case.load == LOAD}
-    agent = next((found for case, found in at_load.items() if case.workload == TIMELINE), next(iter(at_load.values())))
+    by_workload = {case.workload: found for case, found in at_load.items()}
+    timeline = by_workload.get(TIMELINE) or next(iter(by_workload.values()))
     return {
         "simulation-ttft.svg": distributions(at_load),
         "simulation-hits.svg": by_load(steady, "prompt tokens found in cache, %", lambda r: 100 * r.hit_ratio),
-        "simulation-balance.svg": over_time([result for result in agent if result.policy in ("round robin", *FEW)]),
+        "simulation-balance.svg": over_time([result for result in timeline if result.policy in ("round robin", *FEW)]),
     }
 
 
@@ -174,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.simulate", description=__doc__)
     parser.add_argument("--trace", action="append", default=[], metavar="FILE", help="a trace in Mooncake's JSON lines")
     parser.add_argument("--workload", action="append", metavar="NAME", help="only this one (repeat it for several)")
-    parser.add_argument("--quick", action="store_true", help=f"only {PODS} pods at {LOAD:.0%} load, three policies")
+    parser.add_argument("--quick", action="store_true", help=f"seconds: {QUICK_PODS} pods, one load, three policies")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there, too")
@@ -183,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {generated.name: "" for generated in GENERATED} | {Path(file).stem: file for file in args.trace}
     if unknown := set(args.workload or ()) - set(names):
         parser.error(f"unknown workload: {', '.join(sorted(unknown))} (there are {', '.join(names)})")
+    if args.quick and args.write:
+        parser.error("--quick has no figures to --write")
     names = {name: trace for name, trace in names.items() if not args.workload or name in args.workload}
     try:
         for name, trace in names.items():

@@ -93,10 +93,8 @@ def simulate(job: Job, policies: Sequence[str], tell: Callable[[str], None] = la
         yield _result(policy, record, window)
 
 
-def capacity(
-    workload: Workload, pods: int, guess: float, policy: str, config: EngineConfig = CONFIG, exact: float = EXACT
-) -> float:
-    """The most requests a second and pod that a fleet under `policy` keeps up with, to `exact`; from `guess`.
+def capacity(workload: Workload, pods: int, guess: float, policy: str, config: EngineConfig = CONFIG) -> float:
+    """The most requests a second and pod that a fleet under `policy` keeps up with, to a few percent; from `guess`.
 
     It keeps up when at the end of a run no more requests are in flight than at its beginning, but for GROWTH of those
     that came.
@@ -113,7 +111,7 @@ def capacity(
     else:
         while not keeps_up(low := low / 1.5):
             high = low
-    while high / low > exact:
+    while high / low > EXACT:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if keeps_up(middle) else (low, middle)
     return low

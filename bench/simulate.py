@@ -36,7 +36,7 @@ from bench.sim_report import (
     summary,
 )
 from bench.sim_requests import GENERATED, TraceError, Workload, read_trace, trace_workload
-from bench.sim_run import EXACT, SCENARIOS, STEADY, Job, Result, Scenario, capacity, simulate
+from bench.sim_run import SCENARIOS, STEADY, Job, Result, Scenario, capacity, simulate
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- written by python -m bench.simulate --write -->\n", "<!-- end of bench.simulate -->\n"
@@ -81,8 +81,7 @@ def workload(name: str, trace: str, *, quick: bool = False) -> Workload:
 
 
 def find_capacity(name: str, trace: str, model: str, *, quick: bool) -> float:
-    pods, exact = (QUICK_PODS, 1.5) if quick else (PODS, EXACT)
-    return capacity(workload(name, trace, quick=quick), pods, GUESS, BASE, CONFIGS[model], exact)
+    return GUESS if quick else capacity(workload(name, trace), PODS, GUESS, BASE, CONFIGS[model])
 
 
 def run(task: Task, seed: int, *, quick: bool) -> list[Result]:

@@ -6,10 +6,13 @@ For a prompt of L tokens with chunk hashes h, each pod p costs
         nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
-B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are what
-p's last metrics page said plus E times what this picker sent there since, E being the number of independent pickers.
-Where Envoys report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there
-before any page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. The rate that a page tells is several
+times too low on a busy pod, where prefills share their steps and each is as long as all of them; so what B has of more
+than DOUBT seconds at that rate leaks faster, the faster the more it is: of whatever is sent at a steady rate, B comes to
+rest. n (requests) and kv (tokens) are what p's last metrics page said plus E times what this picker sent there since,
+E being the number of independent pickers. Where Envoys report what they have in flight to p, n is that with what was sent
+since, if it is more: a burst is there before any page shows it. The cheapest pod is picked; of equal ones the one with
+fewest requests, of those any.
 
 A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
 where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
@@ -28,7 +31,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import exp, inf, log
 
 from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
@@ -40,6 +43,8 @@ PRIOR_ALONE = 0.2  # share of U waived on the primary: gathers new prefixes befo
 PRIOR_MANY = 0.8  # the same with several pickers: the primary is all they agree on
 OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
 LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
+DOUBT = 10.0  # seconds of B: longer than a prompt of 64k tokens is prefilled; in simulation 5 and 10 differ by a few %
+MOST_BUSY = 300.0  # seconds, a bound for exp: 10^13 seconds' worth of tokens
 PREFILL_RATE = (
     8000.0  # tokens/s until the pod's own is known: an 8B model on one datacentre GPU; a factor 2 costs 10-20 %
 )
@@ -190,8 +195,16 @@ class _Pod:
         return LEAK * (self.load.prefill_rate or costs.prefill_rate)  # tokens/s
 
     def backlog(self, now: float, costs: Costs) -> float:
-        """B: prefill tokens sent here and, at the leak's rate, not yet done."""
-        return max(0.0, self.memory.busy_until - now) * self._leak(costs)
+        """B: prefill tokens sent here and, as far as is known, not yet done."""
+        seconds = self.memory.busy_until - now
+        if seconds > DOUBT:
+            seconds = DOUBT * exp(min(seconds, MOST_BUSY) / DOUBT - 1.0)
+        return max(0.0, seconds) * self._leak(costs)
+
+    def _busy_until(self, backlog: float, now: float, costs: Costs) -> float:
+        """The time from which `backlog` gives back so many tokens."""
+        seconds = backlog / self._leak(costs)
+        return now + (DOUBT * (1.0 + log(seconds / DOUBT)) if seconds > DOUBT else seconds)
 
     def cached(self, chunks: Sequence[Key], hint: Sequence[Key], tokens: int) -> int:
         """How many of a prompt's tokens are probably in this pod's prefix cache.
@@ -207,7 +220,7 @@ class _Pod:
     ) -> None:
         """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
         memory = self.memory
-        memory.busy_until = max(memory.busy_until, now) + uncached / self._leak(costs)
+        memory.busy_until = self._busy_until(self.backlog(now, costs) + uncached, now, costs)
         before = memory.sent
         memory.send(int(uncached + output))
         self._looks.append(_Sent(now, before, memory.sent))

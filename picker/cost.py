@@ -2,15 +2,19 @@
 
 For a prompt of L tokens with chunk hashes h, each pod p costs
 
-    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod; where p has seen
-        nothing of h, but the request's hint, the hint counts as one chunk
+    U = L - 512 * (longest prefix of h that p has seen), with several pickers times (1 - PRIOR) on the key's primary
+        pod; where p has seen nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
-B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. The rate that a page tells is several
-times too low on a busy pod, where prefills share their steps and each is as long as all of them; so what B has of more
-than DOUBT seconds at that rate leaks faster, the faster the more it is: of whatever is sent at a steady rate, B comes to
-rest. n (requests) and kv (tokens) are what p's last metrics page said plus E times what this picker sent there since,
-E being the number of independent pickers. Where Envoys report what they have in flight to p, n is that with what was sent
+B is what p is taken to have still to prefill: the U of every pick, leaking at 0.7 of p's prefill rate, and for each
+request that waits there by p's last metrics page the usual U, the mean of this process's last picks. The rate that a
+page tells is several times too low on a busy pod, where prefills share steps and each lasts as long as all of them. So
+the rate is at least the one that is set, and what there is of more than DOUBT seconds leaks faster, the faster the more
+it is: of whatever is sent at a steady rate, B comes to rest, where a leak that is too slow would let it grow until
+nothing else counted.
+
+n (requests) and kv (tokens) are what p's last metrics page said plus E times what this picker sent there since, E being
+the number of independent pickers. Where Envoys report what they have in flight to p, n is that with what was sent
 since, if it is more: a burst is there before any page shows it. The cheapest pod is picked; of equal ones the one with
 fewest requests, of those any.
 
@@ -20,7 +24,7 @@ where every place is taken by running ones. A pod holds what its last report sho
 `max_lora` adapters at most.
 
 What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
-and so are one picker, not several. Which adapters p was sent last is each worker's own.
+and so are one picker, not several. Which adapters p was sent last, and the usual U, is each worker's own.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -36,18 +40,20 @@ from math import exp, inf, log
 from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
 
-ETA = 0.3  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
+ETA = (
+    0.15  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
+)
 CN = 100.0  # tokens: what a running request costs the next, however short its prompt
 KAPPA = 2.0  # tokens a token: beyond the KV cache a token preempts another, which is prefilled again
-PRIOR_ALONE = 0.2  # share of U waived on the primary: gathers new prefixes before anything has been seen
+PRIOR_ALONE = 0.0  # share of U waived on the primary: one picker knows where everything is
 PRIOR_MANY = 0.8  # the same with several pickers: the primary is all they agree on
 OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
 LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
-DOUBT = 10.0  # seconds of B: longer than a prompt of 64k tokens is prefilled; in simulation 5 and 10 differ by a few %
-MOST_BUSY = 300.0  # seconds, a bound for exp: 10^13 seconds' worth of tokens
-PREFILL_RATE = (
-    8000.0  # tokens/s until the pod's own is known: an 8B model on one datacentre GPU; a factor 2 costs 10-20 %
-)
+DOUBT = 5.0  # seconds of B: about as long as the longest prompts are prefilled; half or twice as much costs some 5 %
+MOST_BUSY = 300.0  # seconds that exp is given at most: 10^26 seconds' worth of tokens
+USUAL = 1000.0  # tokens: the usual U before any pick
+USUAL_SHARE = 0.03  # of a pick in it: about the last thirty
+PREFILL_RATE = 8000.0  # tokens/s, if a pod's page tells no more: a 32B model in fp8 on one datacentre GPU
 KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
 STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
 # Tokens of prefill an adapter is worth; only their order and size matter, as vLLM says nothing of how long it takes.
@@ -161,20 +167,23 @@ class _Pod:
         requests, tokens = between >> TOKEN_BITS, between & TOKENS
         return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
 
-    def busyness(self, pickers: int) -> tuple[float, float]:
-        """n and kv of the module's formula."""
+    def busyness(self, pickers: int) -> tuple[float, float, float]:
+        """n and kv of the module's formula, and how many requests wait."""
         since = (self.memory.sent - self._base) & WRAP
         n = self._reported_n + pickers * (since >> TOKEN_BITS)
         if self._in_flight is not None:
             in_flight, base = self._in_flight
             n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
-        return n, self._reported_kv + pickers * (since & TOKENS)
+        return n, self._reported_kv + pickers * (since & TOKENS), self.load.waiting
 
-    def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
-        """C of the module's formula without A, in tokens."""
+    def cost(
+        self, uncached: float, output: float, n: float, kv: float, queued: float, now: float, costs: Costs
+    ) -> float:
+        """C of the module's formula without A, in tokens; `queued` is the part of B that waits."""
         capacity = self.load.kv_tokens
         preempted = max(0.0, kv + uncached + output - KV_USABLE * capacity) if capacity else 0.0
-        return self.backlog(now, costs) + uncached * (1.0 + ETA * n) + costs.request_cost * n + KAPPA * preempted
+        backlog = self.backlog(now, costs) + queued
+        return backlog + uncached * (1.0 + ETA * n) + costs.request_cost * n + KAPPA * preempted
 
     def adapter_cost(self, adapter: str) -> float:
         """A of the module's formula, in tokens."""
@@ -192,10 +201,10 @@ class _Pod:
             self._held.popitem(last=False)
 
     def _leak(self, costs: Costs) -> float:
-        return LEAK * (self.load.prefill_rate or costs.prefill_rate)  # tokens/s
+        return LEAK * max(self.load.prefill_rate, costs.prefill_rate)  # tokens/s
 
     def backlog(self, now: float, costs: Costs) -> float:
-        """B: prefill tokens sent here and, as far as is known, not yet done."""
+        """Prefill tokens sent here and, as far as is known, not yet done: B without what waits."""
         seconds = self.memory.busy_until - now
         if seconds > DOUBT:
             seconds = DOUBT * exp(min(seconds, MOST_BUSY) / DOUBT - 1.0)
@@ -251,6 +260,7 @@ class Pool:
         self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
         self._pods: dict[str, _Pod] = {}
         self._adapters: OrderedDict[str, None] = OrderedDict()  # every name a pod has reported as one
+        self._usual = USUAL
         self.costs = DEFAULT_COSTS
 
     def __len__(self) -> int:
@@ -309,7 +319,8 @@ class Pool:
         if not fresh:
             return None
         chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
-        mean = (sum(n for n, _ in fresh.values()) / len(fresh), 0.0)
+        mean_n, _, mean_waiting = (sum(column) / len(fresh) for column in zip(*fresh.values(), strict=True))
+        mean = (mean_n, 0.0, mean_waiting)
         costs = self.costs
         output = costs.output_tokens if max_tokens is None else min(costs.output_tokens, max_tokens)
         adapter = model if model in self._adapters else ""
@@ -319,8 +330,8 @@ class Pool:
             uncached: float = tokens - pod.cached(chunks, by_hint, tokens)
             if name == primary:
                 uncached *= 1.0 - self._prior
-            n, kv = fresh.get(name, mean)
-            tokens_worth = pod.cost(uncached, output, n, kv, now, costs)
+            n, kv, waiting = fresh.get(name, mean)
+            tokens_worth = pod.cost(uncached, output, n, kv, waiting * self._usual, now, costs)
             cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
             if cost < best_cost:
                 best_cost = cost
@@ -328,5 +339,6 @@ class Pool:
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
+        self._usual += USUAL_SHARE * (uncached - self._usual)
         pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
         return name

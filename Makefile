@@ -9,7 +9,7 @@ WIRE := xds/wire/*.proto picker/wire/*.proto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint golden bench chaos wire lock
+.PHONY: help demo test lint golden bench simulate chaos wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -34,6 +34,9 @@ golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the d
 
 bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes)
 	@$(BIN)/python -m bench.figures
+
+simulate: $(READY) ## compare ways to choose a pod on simulated fleets, in virtual time (minutes; ARGS="--trace FILE")
+	@$(BIN)/python -m bench.simulate $(ARGS)
 
 chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (five minutes)
 	@$(BIN)/python -m bench.chaos $(ARGS)

@@ -31,11 +31,10 @@ class Case:
 Results = Mapping[Case, Sequence[Result]]
 
 
-def capacities(found: Mapping[str, Mapping[str, float]]) -> Table:
-    """Requests a second and pod, for each workload and kind of pod."""
-    kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
-    rows = tuple((name, *(number(each[kind]) for kind in kinds)) for name, each in found.items())
-    return Table("Capacity", ("workload", *(f"{kind}, requests/s a pod" for kind in kinds)), rows)
+def capacities(found: Mapping[str, float]) -> Table:
+    """What each workload's load is a share of."""
+    rows = tuple((name, number(rate)) for name, rate in found.items())
+    return Table("Capacity", ("workload", "requests/s a pod"), rows)
 
 
 def summary(title: str, results: Results) -> Table:

@@ -55,7 +55,7 @@ FEW = ("DEFAULT", *TWO)
 TIMELINE = "mooncake_conversation"  # the workload whose pods are shown over time, where it is there; else the first
 SHOWN = ("round robin", "DEFAULT", "first-block hash", BASE, OURS)  # in plots: more lines are not told apart
 QUICK_PODS = 2
-QUICK = {"warm": 15.0, "span": 45.0}  # seconds: a form that shows that all of it runs; its figures mean little
+QUICK_WARM, QUICK_SPAN = 15.0, 45.0  # seconds: a form that shows that all of it runs; its figures mean little
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Task:
     pods: int
     capacity: float  # requests a second and pod
     policies: tuple[str, ...]
-    model: str = "32B"
+    model: str
     scenario: Scenario = STEADY
 
 
@@ -75,7 +75,7 @@ class Task:
 def workload(name: str, trace: str, *, quick: bool = False) -> Workload:
     if not trace:
         made = next(each for each in GENERATED if each.name == name)
-        return replace(made, **QUICK) if quick else made
+        return replace(made, warm=QUICK_WARM, span=QUICK_SPAN) if quick else made
     with Path(trace).open() as lines:
         return trace_workload(name, read_trace(lines))
 
@@ -96,42 +96,37 @@ def run(task: Task, seed: int, *, quick: bool) -> list[Result]:
     return list(simulate(job, task.policies))
 
 
-def tasks(names: Mapping[str, str], found: Mapping[tuple[str, str], float], *, quick: bool) -> Iterator[Task]:
-    """Every job, the longest first; `found` are capacities by workload and model."""
+def tasks(names: Mapping[str, str], found: Mapping[str, float], model: str, *, quick: bool) -> Iterator[Task]:
+    """Every job, the longest first; `found` are capacities by workload."""
+
+    def task(
+        name: str, fleet: str, load: float, pods: int, policies: tuple[str, ...], scenario: Scenario = STEADY
+    ) -> Task:
+        return Task(Case(name, fleet, load), names[name], pods, found[name], policies, model, scenario)
+
     if quick:
-        for name, trace in names.items():
-            yield Task(Case(name, f"{QUICK_PODS} pods", LOAD), trace, QUICK_PODS, found[name, "32B"], FEW)
+        yield from (task(name, f"{QUICK_PODS} pods", LOAD, QUICK_PODS, FEW) for name in names)
         return
-    for name, trace in names.items():
-        yield Task(Case(name, "32 pods", LOAD), trace, 32, found[name, "32B"], FEW)
-    for name, trace in names.items():
-        cap = found[name, "32B"]
+    yield from (task(name, "32 pods", LOAD, 32, TWO) for name in names)
+    for name in names:
         for load in LOADS:
-            policies = tuple(POLICIES) if load == LOAD else SHOWN
-            yield Task(Case(name, f"{PODS} pods", load), trace, PODS, cap, policies)
-        yield Task(Case(name, "4 pods", LOAD), trace, 4, cap, FEW)
-        yield Task(Case(name, f"{PODS} pods of an 8B model", LOAD), trace, PODS, found[name, "8B"], TWO, "8B")
+            yield task(name, f"{PODS} pods", load, PODS, tuple(POLICIES) if load == LOAD else FEW)
+        yield task(name, "4 pods", LOAD, 4, TWO)
         for scenario in SCENARIOS:
-            yield Task(Case(name, scenario.name, LIGHT), trace, PODS, cap, TWO, scenario=scenario)
+            yield task(name, scenario.name, LIGHT, PODS, TWO, scenario)
 
 
 def execute(
-    names: Mapping[str, str], jobs: int, seed: int, *, quick: bool
-) -> tuple[dict[str, dict[str, float]], dict[Case, list[Result]]]:
-    """Capacities, then all tasks, over `jobs` processes; results in the order of the tasks."""
-    models = ["32B"] if quick else list(CONFIGS)
+    names: Mapping[str, str], model: str, jobs: int, seed: int, *, quick: bool
+) -> tuple[dict[str, float], dict[Case, list[Result]]]:
+    """Capacities by workload, then all tasks, over `jobs` processes; results in the order of the tasks."""
     with ProcessPoolExecutor(jobs) as pool:
-        searches = {
-            pool.submit(find_capacity, name, trace, model, quick=quick): (name, model)
-            for model in models
-            for name, trace in names.items()
-        }
+        searches = {pool.submit(find_capacity, name, trace, model, quick=quick): name for name, trace in names.items()}
         found = dict(_finished("capacities", searches))
-        work = list(tasks(names, found, quick=quick))
+        work = list(tasks(names, found, model, quick=quick))
         running = {pool.submit(run, task, seed, quick=quick): task.case for task in work}
         results = dict(_finished("jobs", running))
-    by_name = {name: {model: found[name, model] for model in models} for name in names}
-    return by_name, {task.case: results[task.case] for task in work}
+    return {name: found[name] for name in names}, {task.case: results[task.case] for task in work}
 
 
 def _finished(what: str, running: Mapping[Future[V], K]) -> Iterator[tuple[K, V]]:
@@ -149,7 +144,7 @@ def part(results: Results, fleets: Sequence[str], load: float | None = None) -> 
     return {c: found for c, found in results.items() if c.fleet in fleets and load in {None, c.load}}
 
 
-def tables(found: Mapping[str, Mapping[str, float]], results: Results) -> list[Table]:
+def tables(found: Mapping[str, float], results: Results) -> list[Table]:
     """Everything that is printed."""
     steady = next(case.fleet for case in results if case.fleet in (f"{PODS} pods", f"{QUICK_PODS} pods"))
     others = [fleet for fleet in dict.fromkeys(case.fleet for case in results) if fleet != steady]
@@ -183,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trace", action="append", default=[], metavar="FILE", help="a trace in Mooncake's JSON lines")
     parser.add_argument("--workload", action="append", metavar="NAME", help="only this one (repeat it for several)")
     parser.add_argument("--quick", action="store_true", help=f"seconds: {QUICK_PODS} pods, one load, three policies")
+    parser.add_argument("--model", choices=CONFIGS, default="32B", help="what the pods serve (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there, too")
@@ -200,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, TraceError) as error:
         parser.error(str(error))
     began = time.monotonic()
-    found, results = execute(names, args.jobs, args.seed, quick=args.quick)
+    found, results = execute(names, args.model, args.jobs, args.seed, quick=args.quick)
     text = "\n".join(map(str, tables(found, results))) + _told(losses(results))
     print(text)
     progress(f"{time.monotonic() - began:.0f} s")

@@ -244,6 +244,12 @@ async def answering(handler: Callable[[web.BaseRequest], Awaitable[web.StreamRes
 
 
 EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": [], "clients": []}
+LOAD = {"running": 0, "waiting": 10**400, "kv_usage": 0, "age": 1}
+HUGE = {
+    "name": "p",
+    "strategy": "DEFAULT",
+    "endpoints": [{"endpoint": "a", "address": "b", "weight": 1, "draining": False, **LOAD}],
+}
 
 
 @pytest.mark.parametrize(
@@ -261,11 +267,12 @@ EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": 
         json.dumps({**EMPTY, "pools": [7]}),
         json.dumps({**EMPTY, "pools": [{}]}),
         json.dumps({**EMPTY, "rejections": [{}]}),
+        json.dumps({**EMPTY, "pools": [HUGE]}),
     ],
     ids=lambda body: body[:12],
 )
 async def test_an_answer_of_another_shape(body: str) -> None:
-    """Whatever it is, there is one sentence."""
+    """Whatever it is, a number beyond every float included, there is one sentence."""
 
     async def handler(_: web.BaseRequest) -> web.Response:
         return web.Response(text=body)

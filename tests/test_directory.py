@@ -116,11 +116,14 @@ def test_broken_parts_cost_only_themselves(tmp_path: Path) -> None:
     assert [(each.source, each.reason) for each in broken] == [("a.yaml:7", "InvalidYAML"), ("e.json:2", "InvalidYAML")]
 
 
-def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
-    """Its name reaches messages in a form that can be printed."""
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.yaml")).write_text(_pod("a"))
+@pytest.mark.parametrize(
+    ("name", "shown"), [(b"\xff.yaml", r"\xff.yaml"), (b"a\n\x1b[2J.yaml", r"a\n\x1b[2J.yaml"), ("é.yaml".encode(), "é.yaml")]
+)
+def test_file_name_that_cannot_be_printed(tmp_path: Path, name: bytes, shown: str) -> None:
+    """It reaches messages in a form that can, be it no UTF-8, or several lines and what a terminal obeys."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text(_pod("a"))
     (document,) = read(tmp_path).documents
-    assert document.source == r"\xff.yaml:1"
+    assert document.source == f"{shown}:1"
 
 
 @pytest.mark.parametrize(("limit", "value"), [("MAX_FILES", 1), ("MAX_FILE_SIZE", 90), ("MAX_TOTAL_SIZE", 100)])

@@ -274,6 +274,7 @@ def test_unknown_fields_are_named_and_bounded() -> None:
         {"labels": {"k": "not a label"}},
         {"labels": {f"k{i}": "v" for i in range(MAX_LABELS + 1)}},
         {"labels": {1: "v"}},
+        {"labels": {"a\x1b[2J/k": "v"}},
         {"labels": ["k"]},
         {"creationTimestamp": 5},
         {"creationTimestamp": "yesterday"},

@@ -41,7 +41,7 @@ def read(directory: Path) -> Reading:
     unreadable: set[str] = set()
     left = MAX_TOTAL_SIZE
     for i, (path, status) in enumerate(sorted(_scan(directory).items())):
-        name = os.fsencode(path).decode(errors="backslashreplace")
+        name = _printable(os.fsencode(path).decode(errors="backslashreplace"))
         try:
             room = min(left, MAX_FILE_SIZE) if i < MAX_FILES else -1
             data = _load(directory / path, status, room)
@@ -55,7 +55,7 @@ def read(directory: Path) -> Reading:
             line = error.object.count(b"\n", 0, error.start) + 1
             rejections.append(Rejection(None, "InvalidYAML", f"not UTF-8: {error.reason}", source=f"{name}:{line}"))
         else:
-            documents += _parse(name, [read_json(text)] if name.endswith(".json") else read_yaml(text))
+            documents += read_documents(name, text)
     return Reading(tuple(documents), tuple(rejections), frozenset(unreadable))
 
 
@@ -115,7 +115,13 @@ class DirectorySource:
         return self.index.config()
 
 
-def _parse(name: str, documents: Iterable[Document | BadDocument]) -> Iterator[Parsed]:
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def read_documents(name: str, text: str) -> Iterator[Parsed]:
+    """What each document of the file `name` came to."""
+    documents: Iterable[Document | BadDocument] = [read_json(text)] if name.endswith(".json") else read_yaml(text)
     for document in documents:
         source = f"{name}:{document.line}"
         if isinstance(document, BadDocument):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
+from xds.fields import printable
 from xds.index import Index, Reading
 from xds.manifest import BadDocument, Document, expand, read_json, read_yaml
 from xds.model import Config, Rejection
@@ -41,7 +42,7 @@ def read(directory: Path) -> Reading:
     unreadable: set[str] = set()
     left = MAX_TOTAL_SIZE
     for i, (path, status) in enumerate(sorted(_scan(directory).items())):
-        name = _printable(os.fsencode(path).decode(errors="backslashreplace"))
+        name = printable(os.fsencode(path).decode(errors="backslashreplace"))
         try:
             room = min(left, MAX_FILE_SIZE) if i < MAX_FILES else -1
             data = _load(directory / path, status, room)
@@ -113,10 +114,6 @@ class DirectorySource:
     def _update(self, reading: Reading) -> Config:
         self.index = self.index.update(reading)
         return self.index.config()
-
-
-def _printable(name: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def read_documents(name: str, text: str) -> Iterator[Parsed]:

@@ -24,6 +24,7 @@ from xds.fields import (
     Reader,
     Text,
     describe,
+    printable,
 )
 from xds.model import (
     CORE,
@@ -144,7 +145,7 @@ def _read_value(reader: Reader, rule: Text) -> ValueMatch:
 def _read_regex(reader: Reader, rule: Text) -> str:
     value = reader.text("value", rule)
     if problem := regex.problem(value):
-        raise reader.error("value", f"expected a regular expression of RE2: {problem}")
+        raise reader.error("value", f"expected a regular expression of RE2: {printable(problem)}")
     return value
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 
+MAX_NESTED = 100  # groups in one another: Python's parser recurses, and has less of its stack left under a deep caller
 MAX_REPEAT = 1000  # RE2's limit, for one repetition and for the product of nested ones
 MAX_SIZE = (
     10_000  # atoms with every repetition written out; RE2's 8 MiB hold ten times as many of the costliest classes
@@ -27,7 +28,8 @@ _TOKEN = re.compile(
       | (?P<atom>.)""",
     re.VERBOSE | re.DOTALL,
 )
-_ONLY_PYTHON = re.compile(r"\\[1-9ZuUN]")  # backreferences, \Z (RE2 has \z), \uXXXX (RE2 has \x{XXXX})
+# Backreferences, \Z (RE2 has \z), \uXXXX (RE2 has \x{XXXX}), and escapes of what needs none.
+_ONLY_PYTHON = re.compile(r"\\[1-9ZuUN\u0080-\U0010ffff]")
 _SET_OPERATION = re.compile(
     r"(?<!^)(?<!\\)\[|--|&&|~~|\|\||\\b"
 )  # in a class: [:alpha:], what `re` reserves, backspace
@@ -56,6 +58,8 @@ def problem(pattern: str) -> str:
                 return f"RE2 repeats at most {MAX_REPEAT} times, {token[0]} makes it {nested}"
         elif token["open"]:
             groups.append((0, 1))
+            if len(groups) > MAX_NESTED + 1:
+                return f"groups are nested deeper than {MAX_NESTED}"
             size, nested, extra = 0, 1, 0
         elif token["close"] and len(groups) > 1:
             size, nested = groups.pop()

@@ -207,7 +207,11 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
 
     def __init__(self, identifier: str = "") -> None:
         subscriptions = {
-            type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
+            type_url: Subscription(
+                tells_absence=type_url not in BY_NAME,
+                empty_is_wildcard=type_url not in BY_NAME,
+                full_state=type_url not in BY_NAME,
+            )
             for type_url in TYPES
         }
         super().__init__(subscriptions, identifier)

@@ -50,10 +50,12 @@ class Subscription:
 
     `tells_absence`: this variant can say of this type that a resource does not exist.
     `empty_is_wildcard`: a client that never named a resource wants them all (the protocol's legacy rule).
+    `full_state`: each response says all that the client is to hold, and takes away what it leaves out.
     """
 
     tells_absence: bool
     empty_is_wildcard: bool
+    full_state: bool = False
 
     opened: bool = False  # a request for this type has come
     wildcard: bool = False
@@ -270,13 +272,16 @@ class Subscription:
         change, self.flight = self.flight.change, None
         self.last_nack = message
         self._clean = None
+        # What the client holds is in every full state, owed or not: it is not what this response had more than the next.
+        new = {name: r for name, r in change.update.items() if not (self.full_state and self._holds(r))}
         if not self.base_known:
             self._refused_whole = change.update
-        elif len(change.update) > 1:
+        elif len(new) > 1:
             self._limit = len(change.update) // 2
             self.owe(name for name, resource in change.update.items() if self._holds(resource))
-        elif change.update:
-            self.refused.update({name: resource.version for name, resource in change.update.items()})
+        elif new:
+            self.refused.update({name: resource.version for name, resource in new.items()})
+            self.owe(change.update.keys() - new.keys())
         else:
             self._drop(change.remove)  # to refuse a removal means nothing: the resource is not served any more
 

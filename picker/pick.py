@@ -67,6 +67,7 @@ class Picker:
         self._random = random
         self._pickers = pickers
         self._pools: dict[str, _State] = {}
+        self._pods = 0  # in all pools
         self._unknown = HotPrefixes()
 
     @property
@@ -83,15 +84,17 @@ class Picker:
         state = self._pools.get(load.name)
         if state is None:
             state = self._pools[load.name] = _State(self._random, self._pickers)
-        pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
-        state.pool.update(load, MAX_CHUNKS // max(1, pods), now)
+        self._pods += len(load.pods) - len(state.pool)
+        state.pool.update(load, MAX_CHUNKS // max(1, self._pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
         if hash_keys != state.hash_keys:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)
 
     def forget(self, name: str) -> None:
         """The pool is gone."""
-        self._pools.pop(name, None)
+        state = self._pools.pop(name, None)
+        if state is not None:
+            self._pods -= len(state.pool)
 
     def pick(self, cluster_name: str, body: bytes, now: float) -> Pick:
         """Decide for one request routed to `cluster_name`; `now` in seconds."""

@@ -10,8 +10,9 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from picker import loads as loads_module
 from picker.cost import STALE, PodLoad, PoolLoad
-from picker.loads import METHOD, TYPE_URL, LoadsClient, Subscription, decode, watch
+from picker.loads import MAX_REFUSAL, METHOD, TYPE_URL, LoadsClient, Subscription, decode, watch
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from xds.wire import discovery_pb2 as wire
@@ -207,7 +208,9 @@ def test_another_type_is_refused() -> None:
         {"hash_key": ""},
         {"running": nan},
         {"waiting": inf},
+        {"running": 1e308},
         {"kv_usage": -0.1},
+        {"kv_usage": 1.01},
         {"age": nan},
         {"prefill_rate": -inf},
         {"start_time": -1.0},
@@ -233,6 +236,28 @@ def test_a_report_that_is_not_what_it_says() -> None:
         outcome = Subscription("me").receive(response("n", broken))
         assert outcome.refusal
         assert outcome.loads == ()
+
+
+def test_a_refusal_is_bounded() -> None:
+    """However many resources are bad, the NACK fits into a message the server takes."""
+    outcome = Subscription("me").receive(response("n", *(resource("x" * 1000, running=-1.0) for _ in range(100))))
+    assert len(outcome.refusal) == MAX_REFUSAL
+    assert outcome.request.ByteSize() < 2 * MAX_REFUSAL
+
+
+def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods and pools beyond MAX_PODS are refused; those that change or go make room for no more than they held."""
+    monkeypatch.setattr(loads_module, "MAX_PODS", 4)
+    held = Subscription("me")
+
+    def told(*names: str, removed: tuple[str, ...] = ()) -> list[str]:
+        return [load.name for load in held.receive(response("n", *map(resource, names), removed=removed)).loads]
+
+    assert told("a", "b", "c") == ["a", "b"]
+    assert told("a", "c") == ["a"]
+    assert told(removed=("a", "never known")) == []
+    assert told("c", "d") == ["c"]
+    assert set(held.open().initial_resource_versions) == {"b", "c"}
 
 
 def test_every_field_arrives() -> None:

@@ -117,7 +117,8 @@ def test_broken_parts_cost_only_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [(b"\xff.yaml", r"\xff.yaml"), (b"a\n\x1b[2J.yaml", r"a\n\x1b[2J.yaml"), ("é.yaml".encode(), "é.yaml")]
+    ("name", "shown"),
+    [(b"\xff.yaml", r"\xff.yaml"), (b"a\n\x1b[2J.yaml", r"a\n\x1b[2J.yaml"), ("é.yaml".encode(), "é.yaml")],
 )
 def test_file_name_that_cannot_be_printed(tmp_path: Path, name: bytes, shown: str) -> None:
     """It reaches messages in a form that can, be it no UTF-8, or several lines and what a terminal obeys."""

@@ -244,11 +244,11 @@ async def answering(handler: Callable[[web.BaseRequest], Awaitable[web.StreamRes
 
 
 EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": [], "clients": []}
-LOAD = {"running": 0, "waiting": 10**400, "kv_usage": 0, "age": 1}
+BUSY = {"running": 0, "waiting": 10**400, "kv_usage": 0, "age": 1}
 HUGE = {
     "name": "p",
     "strategy": "DEFAULT",
-    "endpoints": [{"endpoint": "a", "address": "b", "weight": 1, "draining": False, **LOAD}],
+    "endpoints": [{"endpoint": "a", "address": "b", "weight": 1, "draining": False, **BUSY}],
 }
 
 

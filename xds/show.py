@@ -29,7 +29,13 @@ MAX_PAGE = 64 << 20  # bytes: 10,000 endpoints are 2 MB
 LOOKS, PAUSE = 3, 0.5  # times, seconds: a client that is only just being told of a change is not behind
 MAX_TEXT = 200  # characters of one cell: Envoy quotes the whole resource in a refusal
 
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)  # what reading JSON of another shape ends in
+UNEXPECTED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+)  # what reading JSON of another shape ends in
 
 NUMBERS = frozenset({"weight", "running", "waiting", "kv usage", "age"})  # columns that are aligned to the right
 STYLES = {"in sync": "green", "behind": "yellow", "refused": "red", "warning": "yellow", "error": "red"}

@@ -272,7 +272,7 @@ class Subscription:
         change, self.flight = self.flight.change, None
         self.last_nack = message
         self._clean = None
-        # What the client holds is in every full state, owed or not: it is not what this response had more than the next.
+        # What the client holds is in every full state, owed or not: to send it again says nothing more.
         new = {name: r for name, r in change.update.items() if not (self.full_state and self._holds(r))}
         if not self.base_known:
             self._refused_whole = change.update

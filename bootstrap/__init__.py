@@ -43,6 +43,14 @@ dynamic_resources:
   cds_config: {{ads: {{}}, resource_api_version: V3}}
   lds_config: {{ads: {{}}, resource_api_version: V3}}
 
+# Each second the management server is told how many requests are under way to each pod: no metrics page is that fresh.
+cluster_manager:
+  load_stats_config:
+    api_type: GRPC
+    transport_api_version: V3
+    grpc_services:
+    - envoy_grpc: {{cluster_name: xds}}
+
 static_resources:
   clusters:
   - name: xds

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--node-id", default=bootstrap.DEFAULT_NODE_ID, help="this Envoy's name in logs and metrics")
     parser.add_argument(
-        "--node-cluster", default=bootstrap.DEFAULT_NODE_CLUSTER, help="the group of Envoys it is one of"
+        "--node-cluster",
+        default=bootstrap.DEFAULT_NODE_CLUSTER,
+        help="the group of Envoys it is one of; a Gateway annotated vllm-xds/nodes is for the groups it names",
     )
     parser.add_argument(
         "--admin", metavar="HOST:PORT", default=bootstrap.DEFAULT_ADMIN, help="where Envoy's admin API listens"

@@ -10,10 +10,24 @@ from typing import Any
 
 import grpc
 
-from xds.server import ADS
-from xds.snapshot import CLUSTER, LISTENER, Resource, make_resource
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resource, make_resource
 from xds.wire import discovery_pb2 as wire
 
+# The services of Envoy's protos and their methods, SotW and delta: written out, not taken from the server under test.
+ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+OF_TYPE = {
+    CLUSTER: "envoy.service.cluster.v3.ClusterDiscoveryService",
+    ENDPOINT: "envoy.service.endpoint.v3.EndpointDiscoveryService",
+    LISTENER: "envoy.service.listener.v3.ListenerDiscoveryService",
+    ROUTE: "envoy.service.route.v3.RouteDiscoveryService",
+}
+METHODS = {
+    ADS: ("StreamAggregatedResources", "DeltaAggregatedResources"),
+    OF_TYPE[CLUSTER]: ("StreamClusters", "DeltaClusters"),
+    OF_TYPE[ENDPOINT]: ("StreamEndpoints", "DeltaEndpoints"),
+    OF_TYPE[LISTENER]: ("StreamListeners", "DeltaListeners"),
+    OF_TYPE[ROUTE]: ("StreamRoutes", "DeltaRoutes"),
+}
 FULL_STATE = (LISTENER, CLUSTER)  # what SotW sends as a whole
 
 
@@ -194,19 +208,22 @@ class DeltaPeer(Peer):
 
 
 class AdsClient:
-    """A peer's stream over gRPC. `async with`; every wait has a timeout of `patience` seconds."""
+    """A peer's stream over gRPC, of ADS or another service. `async with`; every wait is at most `patience` seconds."""
 
-    def __init__(self, address: str, peer: SotwPeer | DeltaPeer, patience: float = 10.0) -> None:
+    def __init__(self, address: str, peer: SotwPeer | DeltaPeer, patience: float = 10.0, service: str = ADS) -> None:
         self.peer: Any = peer
         self._patience = patience
         self._channel = grpc.aio.insecure_channel(address)
+        sotw, delta = METHODS[service]
         method, request, response = (
-            ("DeltaAggregatedResources", wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse)
+            (delta, wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse)
             if isinstance(peer, DeltaPeer)
-            else ("StreamAggregatedResources", wire.DiscoveryRequest, wire.DiscoveryResponse)
+            else (sotw, wire.DiscoveryRequest, wire.DiscoveryResponse)
         )
         self._open = self._channel.stream_stream(
-            f"/{ADS}/{method}", request_serializer=request.SerializeToString, response_deserializer=response.FromString
+            f"/{service}/{method}",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
         )
         self.call = self._open()
 

@@ -80,9 +80,15 @@ def listener(name: str = "http", port: int = 8080, hostname: str = "", **allowed
 
 
 def gateway(
-    *listeners: Listener, name: str = "gw", namespace: str = "default", class_name: str = "envoy", created: str = ""
+    *listeners: Listener,
+    name: str = "gw",
+    namespace: str = "default",
+    class_name: str = "envoy",
+    created: str = "",
+    groups: Sequence[str] = (),
 ) -> Gateway:
-    return Gateway(meta("Gateway", name, namespace, created=created), class_name, listeners or (listener(),))
+    about = meta("Gateway", name, namespace, created=created)
+    return Gateway(about, class_name, listeners or (listener(),), tuple(groups))
 
 
 def parent(name: str = "gw", section: str = "", port: int = 0, namespace: str = "default") -> ParentRef:

@@ -1,5 +1,6 @@
 """The protocol's rules as scenarios: each is played by both variants, over the pure objects (tests/test_stream.py) and
-over gRPC (tests/test_server.py), and ends with "and nothing more is sent".
+over gRPC (tests/test_server.py), and ends with "and nothing more is sent". Those of OF_ONE_TYPE are also played on the
+service for that type alone (CDS, EDS, RDS).
 """
 
 from __future__ import annotations
@@ -513,5 +514,35 @@ SCENARIOS: tuple[Callable[[Link], Awaitable[None]], ...] = (
     refused_route_taken_back,
     weights_wait_for_nothing,
     unknown_type_is_ignored,
+)
+
+
+async def type_is_implied(link: Link) -> None:
+    """On a service for one type a request need not name it, and another type gets no answer there."""
+    await link.publish(snapshot(cds={"a": "1"}, rds={"r": "1"}))
+    request = link.peer.subscribe(ROUTE, "r")
+    request.type_url = ""
+    await link.send(request)
+    await link.expect(ROUTE, {"r": "1"})
+    await link.send(link.peer.subscribe(CLUSTER))
+    await link.quiet()
+    link.peer.names.pop(CLUSTER)
+    await link.reconnect()
+    await link.expect(ROUTE, {} if link.delta else {"r": "1"})
+    await link.quiet()
+
+
+OF_ONE_TYPE: tuple[tuple[Callable[[Link], Awaitable[None]], str], ...] = (
+    (empty_world_is_answered, CLUSTER),
+    (wildcard_beside_names, CLUSTER),
+    (legacy_wildcard_ends_with_a_name, CLUSTER),
+    (unsubscribed_name_under_wildcard, CLUSTER),
+    (names_one_after_another, ENDPOINT),
+    (unsubscribed_names_are_silent, ENDPOINT),
+    (dropped_and_wanted_again_in_one_breath, ENDPOINT),
+    (stale_nonce, ENDPOINT),
+    (bad_one_among_good_ones, ENDPOINT),
+    (refused_at_start, CLUSTER),
+    (type_is_implied, ROUTE),
 )
 PEERS: tuple[type[SotwPeer | DeltaPeer], ...] = (SotwPeer, DeltaPeer)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from tests.objects import backend, config, gateway, gateway_class, parent, pod, pool, route, rule, service
+from tests.objects import backend, config, exact, gateway, gateway_class, parent, pod, pool, route, rule, service
 from tests.test_translate import weights_of
 from xds import snapshot as types
 from xds.control import Control
@@ -39,6 +39,9 @@ class Recorder:
 
     def publish(self, snapshot: Snapshot) -> None:
         self.published.append(snapshot)
+
+    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
+        self.tell = tell
 
     @property
     def last(self) -> Snapshot:
@@ -102,6 +105,103 @@ def pool_loads(snapshot: Snapshot) -> dict[str, pb.PoolLoad]:
 
 QUEUED = Load(running=20, waiting=60, kv_usage=0.5, kv_tokens=1000)
 IDLE = Load(running=20, waiting=0, kv_usage=0.5, kv_tokens=1000)
+
+
+# --- what Envoys report ---
+
+
+async def test_loads_follow_what_is_in_flight(world: World) -> None:
+    """Between two rounds of weights the loads are sent again with what Envoys have under way; nothing else changes."""
+    await world.control.configure(objects(A, B))
+    await world.follow(1, a=IDLE, b=IDLE)
+    before = world.recorder.last
+    world.control.in_flight.report("envoy", {POOL: {f"{A.ip}:8000": 40}}, world.now)
+    world.now += 0.5
+    await world.control.refresh_loads()
+    (load,) = pool_loads(world.recorder.last).values()
+    assert load.in_flight.age == pytest.approx(0.5)
+    assert {each.hash_key: (each.in_flight, each.running) for each in load.endpoints} == {
+        "default/a": (40, 20),
+        "default/b": (0, 20),
+    }
+    assert world.value("vllm_xds_endpoint_in_flight", pool=POOL, endpoint="default/a") == 40
+    assert {t for t in types.TYPES if world.recorder.last.versions[t] != before.versions[t]} == {types.POOL_LOAD}
+
+
+async def test_before_a_configuration_there_is_nothing_to_refresh(world: World) -> None:
+    """Reports that come first change nothing."""
+    await world.control.refresh_loads()
+    assert world.recorder.published == []
+
+
+# --- what Envoys refuse ---
+
+
+async def test_a_refused_route_is_taken_back_and_named(world: World, logs: Logs) -> None:
+    """An Envoy refuses the routes of a port for the one that has changed: the log, the metrics and the rejections name
+    it, everybody is served its last accepted version, and the rest follows further changes. Mended, it is served."""
+
+    def made(path: str, other: str = "/other") -> Config:
+        objects = (gateway_class(), gateway(), service(), A)
+        return config(*objects, *(route(rule(matches=[exact(p)]), name=p[1:].split("-")[0]) for p in (path, other)))
+
+    def answer(verdict: str) -> None:
+        world.recorder.tell(types.ROUTE, "http-8080", routes().version, verdict)
+
+    def routes() -> types.Resource:
+        return world.recorder.last.resources[types.ROUTE]["http-8080"]
+
+    await world.control.configure(made("/a"))
+    answer("")
+    good = routes().version
+    await world.control.configure(made("/a-bad"))
+    answer("no such path")
+    logs.clear()
+    await world.control.review()
+    assert routes().version == good
+    (line,) = [line for line in logs if line["event"] == "object rejected"]
+    assert (line["object"], line["reason"], line["log_level"]) == ("HTTPRoute default/a", "RefusedByEnvoy", "error")
+    assert "no such path" in line["message"]
+    assert world.value("vllm_xds_objects_refused", object="HTTPRoute default/a") == 1
+    assert world.value("vllm_xds_rejections", level="error", reason="RefusedByEnvoy") == 1
+
+    logs.clear()
+    await world.control.configure(made("/a-bad", "/other-2"))
+    assert routes().version not in (good, "")
+    answer("")
+    await world.control.review()
+    assert "object rejected" not in events(logs)
+    assert "rejection cleared" not in events(logs)
+
+    await world.control.configure(made("/a-3", "/other-2"))
+    assert "rejection cleared" in events(logs)
+    assert world.value("vllm_xds_objects_refused", object="HTTPRoute default/a") is None
+    assert world.control.rejections == ()
+
+
+async def test_a_refused_cluster_falls_back(world: World, logs: Logs) -> None:
+    """The cluster as it was accepted is what Envoys that come later get, and new weights do not change that."""
+
+    def cluster() -> str:
+        return world.recorder.last.resources[types.CLUSTER][POOL].version
+
+    await world.control.configure(objects(A, B))
+    good = cluster()
+    world.recorder.tell(types.CLUSTER, POOL, good, "")
+    await world.control.configure(
+        config(gateway_class(), gateway(), route(rule(backend("llm", "InferencePool", port=0))), pool(http2=True), A, B)
+    )
+    assert cluster() != good
+    world.recorder.tell(types.CLUSTER, POOL, cluster(), "no h2")
+    await world.control.review()
+    assert cluster() == good
+    published = len(world.recorder.published)
+    await world.control.review()
+    assert len(world.recorder.published) == published
+    await world.follow(2, a=QUEUED, b=IDLE)
+    assert cluster() == good
+    (line,) = [line for line in logs if line["event"] == "object rejected"]
+    assert line["object"] == "InferencePool default/llm"
 
 
 # --- configure ---

@@ -107,7 +107,7 @@ async def test_the_snapshot(running: Running) -> None:
     snapshot = running.control.snapshot
     assert snapshot is not None
     assert page["ready"] is True
-    assert page["ports"] == [{"port": 8080, "routes": 1}]
+    assert page["ports"] == [{"port": 8080, "group": "", "routes": 1}]
     assert list(page["types"]) == [label(type_url) for type_url in TYPES]
     for type_url in TYPES:
         assert page["types"][label(type_url)] == {
@@ -117,8 +117,8 @@ async def test_the_snapshot(running: Running) -> None:
                 for name, each in snapshot.resources[type_url].items()
             ],
         }
-    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None}
-    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426}
+    unread = {"age": None, "running": None, "waiting": None, "kv_usage": None, "in_flight": None}
+    read = {"age": 1.5, "running": 12, "waiting": 3, "kv_usage": 0.426, "in_flight": None}
     (about,) = page["pools"]
     assert (about["name"], about["strategy"]) == (POOL, "DEFAULT")
     assert about["endpoints"] == [
@@ -202,7 +202,13 @@ async def test_clients(running: Running, peer: Any) -> None:
     assert (other["node_id"], [each["type"] for each in other["types"]]) == ("envoy-0", ["Cluster"])
     assert first.pop("peer").startswith("ipv4:127.0.0.1:")
     types = {each.pop("type"): each for each in first.pop("types")}
-    assert first == {"node_id": "envoy-1", "node_cluster": "test", "variant": peer.variant, "settled": True}
+    assert first == {
+        "node_id": "envoy-1",
+        "node_cluster": "test",
+        "group": "",
+        "variant": peer.variant,
+        "settled": True,
+    }
     assert running.control.snapshot is not None
     versions = running.control.snapshot.versions
     assert types == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from xds.in_flight import Reported
 from xds.loads import pool_load
 from xds.model import Cluster, Endpoint, Load
 from xds.weights import Pool, Sample, weigh
@@ -73,3 +74,13 @@ def test_an_ipv6_address_is_told_from_its_port() -> None:
     """Brackets, as in a URL."""
     (entry,) = read(Endpoint("fd00::1", 8000, "default/a"), loads={}).endpoints
     assert entry.address == "[fd00::1]:8000"
+
+
+def test_what_is_in_flight_is_passed_on() -> None:
+    """By endpoint, with the age of the oldest report; where no Envoy reports, nothing is said of it."""
+    cluster, pool = Cluster("p", (A, B)), Pool("p")
+    reported = Reported({"10.0.0.2:8000": 7}, at=8.5)
+    message = pb.PoolLoad.FromString(pool_load(cluster, pool, 10.0, 1, reported))
+    assert message.in_flight.age == pytest.approx(1.5)
+    assert [(e.hash_key, e.in_flight) for e in message.endpoints] == [("default/a", 7), ("default/b", 0)]
+    assert not pb.PoolLoad.FromString(pool_load(cluster, pool, 10.0, 1)).HasField("in_flight")

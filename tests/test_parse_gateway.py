@@ -148,6 +148,31 @@ def test_bad_listener_rejects_the_gateway(listener: Any, field: str) -> None:
     _assert_invalid(_gateway(first, {"name": "second", "port": 81, "protocol": "HTTP"}), field)
 
 
+NODES = "vllm-xds/nodes"
+
+
+def _for_nodes(text: str) -> Parsed:
+    metadata = {"name": "x", "annotations": {NODES: text}}
+    spec = {"gatewayClassName": "c", "listeners": [{"name": "a", "port": 80, "protocol": "HTTP"}]}
+    return parse({"apiVersion": f"{GATEWAY}/v1", "kind": "Gateway", "metadata": metadata, "spec": spec})
+
+
+def test_groups_of_a_gateway() -> None:
+    """The annotation names the Envoys a Gateway is for, in any order and spacing; without it, it is for all."""
+    parsed = _for_nodes(" edge, envoy-7.ns:1/a ,edge")
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    assert parsed.object.groups == ("edge", "envoy-7.ns:1/a")
+    assert isinstance(without := _gateway({"name": "a", "port": 80, "protocol": "HTTP"}).object, Gateway)
+    assert without.groups == ()
+
+
+@pytest.mark.parametrize("text", ["", " ", "a,,b", "a b", "a,é", "-a", "a" * 254, ",".join(map(str, range(17)))])
+def test_bad_groups_reject_the_gateway(text: str) -> None:
+    """Served without them it would be served by every Envoy, which its author did not want."""
+    _assert_invalid(_for_nodes(text), f"metadata.annotations[{NODES}]")
+
+
 def test_number_of_listeners() -> None:
     """A Gateway has from 1 to 64 listeners."""
     _assert_invalid(_gateway(), "spec.listeners")

@@ -78,6 +78,64 @@ def only_route(topology: Topology) -> Route:
     return found
 
 
+# --- groups of Envoys ---
+
+
+def of_groups(topology: Topology) -> dict[str, dict[int, list[str]]]:
+    """Group -> port -> the names of its routes."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for li in topology.listeners:
+        found.setdefault(li.group, {})[li.port] = [r.name for host in li.virtual_hosts for r in host.routes]
+    return found
+
+
+def test_a_gateway_is_for_the_envoys_it_names() -> None:
+    """Each group has the Gateways that name it and those that name nobody; the same port is no conflict between groups.
+    Routes follow their Gateways, and clusters are shared."""
+    topology = served(
+        gateway(name="all"),
+        gateway(listener(port=81), name="edge", groups=["edge"]),
+        gateway(listener(port=81), name="inner", groups=["inner", "spare"]),
+        route(rule(), name="a", parents=[parent("all"), parent("edge")]),
+        route(rule(), name="b", parents=[parent("inner")]),
+    )
+    a, b = "default/a/0/0", "default/b/0/0"
+    assert topology.groups == ("edge", "inner", "spare")
+    assert of_groups(topology) == {
+        "": {8080: [a]},
+        "edge": {81: [a], 8080: [a]},
+        "inner": {81: [b], 8080: [a]},
+        "spare": {81: [b], 8080: [a]},
+    }
+    assert [c.name for c in topology.clusters] == [CLUSTER]
+    assert topology.rejections == ()
+
+
+def test_a_conflict_within_a_group_is_said_once() -> None:
+    """Two Gateways for one port conflict where one Envoy has both, and nowhere else."""
+    topology = served(
+        gateway(name="all", created="2026-01-01T00:00:00Z"),
+        gateway(name="edge", groups=["edge", "inner"]),
+        gateway(name="other", groups=["other"], created="2025-01-01T00:00:00Z"),
+    )
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [
+        ("edge", "HostnameConflict"),
+        ("all", "HostnameConflict"),
+    ]
+    assert of_groups(topology) == {group: {8080: []} for group in ("", "edge", "inner", "other")}
+
+
+def test_the_number_of_groups_is_bounded() -> None:
+    """The first hundred names are served; a Gateway beyond them is told so, and its other names are served."""
+    names = [f"g{i:03}" for i in range(101)]
+    topology = served(gateway(groups=names[:60]), gateway(listener(port=81), name="more", groups=names[59:]))
+    assert topology.groups == tuple(names[:100])
+    (rejection,) = topology.rejections
+    assert (rejection.ref and rejection.ref.name, rejection.reason) == ("more", "TooManyGroups")
+    assert "g100" in rejection.message
+    assert of_groups(topology)["g099"] == {81: []}
+
+
 # --- Gateways ---
 
 

@@ -11,11 +11,11 @@ import grpc
 import pytest
 import structlog
 
-from tests.ads_client import AdsClient, DeltaPeer, SotwPeer, resource
-from tests.scenarios import FULL, PEERS, SCENARIOS, Link, snapshot
+from tests.ads_client import ADS, OF_TYPE, AdsClient, DeltaPeer, SotwPeer, resource
+from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot
 from xds.metrics import Metrics
-from xds.server import ADS, HEALTH, NOT_SERVING, SERVING, ManagementServer
-from xds.snapshot import CLUSTER, ENDPOINT, POOL_LOAD, Snapshot
+from xds.server import HEALTH, NOT_SERVING, SERVING, ManagementServer
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, Snapshot
 from xds.stream import MAX_NAMES
 
 PATIENCE = 10  # seconds: nothing here takes one
@@ -32,6 +32,10 @@ class Served:
     def value(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
+    def total(self, name: str) -> float:
+        """The sum over all labels."""
+        return sum(s.value for metric in self.metrics.registry.collect() for s in metric.samples if s.name == name)
+
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
@@ -43,12 +47,12 @@ async def served() -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def connect(served: Served) -> AsyncIterator[Callable[[SotwPeer | DeltaPeer], Any]]:
+async def connect(served: Served) -> AsyncIterator[Callable[..., Any]]:
     """Open clients that are closed after the test."""
     async with AsyncExitStack() as stack:
 
-        async def connect(peer: SotwPeer | DeltaPeer) -> AdsClient:
-            return await stack.enter_async_context(AdsClient(served.address, peer))
+        async def connect(peer: SotwPeer | DeltaPeer, service: str = ADS) -> AdsClient:
+            return await stack.enter_async_context(AdsClient(served.address, peer, service=service))
 
         yield connect
 
@@ -95,6 +99,54 @@ async def test_scenario(served: Served, connect: Any, scenario: Any, peer: Any) 
     await scenario(WireLink(served, await connect(peer())))
 
 
+class OneTypeLink(WireLink):
+    """The same on the service for one type, which answers nothing about another: silence is counted on the server."""
+
+    def __init__(self, served: Served, client: AdsClient) -> None:
+        super().__init__(served, client)
+        self._sent = self._received = 0
+
+    async def send(self, *requests: Any) -> None:
+        self._sent += len(requests)
+        await super().send(*requests)
+
+    async def receive(self) -> Any:
+        self._received += 1
+        return await super().receive()
+
+    async def quiet(self) -> None:
+        """Every request has been taken, and the server's loop has turned since; then compare the responses."""
+        async with asyncio.timeout(PATIENCE), grpc.aio.insecure_channel(self._served.address) as channel:
+            check = channel.unary_unary(f"/{HEALTH}/Check")
+            while self._served.total("vllm_xds_requests_total") < self._sent:
+                await check(b"")
+            await check(b"")
+        assert self._served.total("vllm_xds_responses_total") == self._received
+
+    async def reconnect(self) -> None:
+        self._sent += len(self.peer.names)
+        await super().reconnect()
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+@pytest.mark.parametrize(("scenario", "only"), OF_ONE_TYPE, ids=lambda value: getattr(value, "__name__", ""))
+async def test_scenario_of_one_type(served: Served, connect: Any, peer: Any, scenario: Any, only: str) -> None:
+    """CDS, EDS and RDS each have a service of their own, with the same rules."""
+    await scenario(OneTypeLink(served, await connect(peer(), OF_TYPE[only])))
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_listeners_have_a_service_too(served: Served, connect: Any, peer: Any) -> None:
+    """LDS alone: the listeners and their changes, and clusters are not waited for."""
+    link = OneTypeLink(served, await connect(peer(), OF_TYPE[LISTENER]))
+    await link.publish(snapshot(**FULL))
+    await link.send(link.peer.subscribe(LISTENER))
+    await link.expect(LISTENER, {"l": "1"})
+    await link.publish(snapshot(**FULL | {"cds": {"c": "1"}, "lds": {"m": "1"}}))
+    await link.expect(LISTENER, {"m": "1"}, {"l"})
+    await link.quiet()
+
+
 @pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
 async def test_every_client_is_brought_to_the_newest_snapshot(served: Served, connect: Any, peer: Any) -> None:
     """One publish reaches all clients; `wait_settled` returns when the last has accepted, `clients` shows it."""
@@ -122,6 +174,39 @@ async def test_every_client_is_brought_to_the_newest_snapshot(served: Served, co
     assert served.value("vllm_xds_streams", variant=peer.variant) == 3
     assert served.value("vllm_xds_responses_total", type="Cluster") == 6
     assert served.value("vllm_xds_requests_total", type="Cluster", kind="ack") == 6
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_each_group_is_served_its_own(served: Served, connect: Any, peer: Any) -> None:
+    """A client is in the group its node names, by cluster or id, and is served that group's listeners alone; when the
+    groups change it is brought to the new one. One that has no listener is warned of."""
+    made = {LISTENER: [resource(LISTENER, name) for name in "abc"]}
+    served.server.publish(Snapshot.of(made, {"": ["a"], "test": ["a", "b"], "envoy-2": ["c"], "none": []}))
+    by_cluster, by_id, other, empty = [await connect(peer(f"envoy-{i}")) for i in range(1, 5)]
+    for client, cluster in ((by_id, "x"), (other, "x"), (empty, "none")):
+        client.peer.node.cluster = cluster
+    with structlog.testing.capture_logs() as logs:
+        for client, names in ((by_cluster, "ab"), (by_id, "c"), (other, "a"), (empty, "")):
+            await client.send(client.peer.subscribe(LISTENER))
+            await client.send(client.peer.ack(await client.receive()))
+            assert "".join(client.peer.held[LISTENER]) == names
+    async with asyncio.timeout(PATIENCE):
+        await served.server.wait_settled(clients=4)
+    assert [view.group for view in served.server.clients()] == ["test", "envoy-2", "", "none"]
+    (warning,) = [line for line in logs if line["event"] == "client without gateway"]
+    assert (warning["node"], warning["cluster"], warning["groups"]) == (
+        "envoy-4",
+        "none",
+        ["envoy-2", "none", "test"],
+    )
+
+    served.server.publish(Snapshot.of(made, {"": ["a"], "envoy-2": ["c"], "none": ["b"]}))
+    for client, names in ((by_cluster, "a"), (empty, "b")):
+        await client.send(client.peer.ack(await client.receive()))
+        assert "".join(client.peer.held[LISTENER]) == names
+    async with asyncio.timeout(PATIENCE):
+        await served.server.wait_settled(clients=4)
+    assert served.value("vllm_xds_responses_total", type="Listener") == 4 + 2
 
 
 async def test_refusal_is_logged_counted_and_shown(served: Served, connect: Any) -> None:

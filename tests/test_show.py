@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from tests.ads_client import DeltaPeer, SotwPeer
-from tests.objects import config, gateway, gateway_class, pool
+from tests.objects import config, gateway, gateway_class, listener, pool
 from tests.test_debug import LOAD, REJECTION, WARNING, A, Running, objects, running
 from xds import show
 from xds.__main__ import main
@@ -65,6 +65,7 @@ async def test_a_server_that_has_read_nothing_is_not_ready(running: Running) -> 
 async def test_the_summary(running: Running) -> None:
     """Aligned, without decoration: ports, pools with weight and load, clients, rejections; all is well, so 0."""
     await served(running)
+    running.control.in_flight.report("envoy-1", {"pool/default/llm": {"10.0.0.1:8000": 17}}, running.now)
     client = await running.client(SotwPeer("envoy-1"), CLUSTER, LISTENER)
     code, lines = await status(running.status)
     (view,) = running.server.clients()
@@ -74,20 +75,32 @@ async def test_the_summary(running: Running) -> None:
         "1 error and 1 warning in the configuration",
         "",
         "pool/default/llm, DEFAULT, 3 endpoints",
-        "  endpoint   address          weight  running  waiting  kv usage         age",
-        "  default/a  10.0.0.1:8000       100       12        3       43%       1.5 s",
-        "  default/b  10.0.0.2:8000       100        -        -         -  never read",
-        "  default/c  10.0.0.3:8000  draining        -        -         -  never read",
+        "  endpoint   address          weight  in flight  running  waiting  kv usage         age",
+        "  default/a  10.0.0.1:8000       100         17       12        3       43%       1.5 s",
+        "  default/b  10.0.0.2:8000       100          0        -        -         -  never read",
+        "  default/c  10.0.0.3:8000  draining          0        -        -         -  never read",
         "",
         "clients",
-        f"  node     cluster  variant  {'peer':{len(view.peer)}}  state    not accepted yet",
-        f"  envoy-1  test     sotw     {view.peer}  in sync",
+        f"  node     cluster  group  variant  {'peer':{len(view.peer)}}  state    not accepted yet",
+        f"  envoy-1  test     -      sotw     {view.peer}  in sync",
         "",
         "rejected in the configuration",
         "  level    object             field   reason       message     source",
         "  error    Service default/x  spec.z  Invalid      expected y  f.yaml:3",
         "  warning                             UnknownKind  not served",
     ]
+    assert code == 0
+    client.call.cancel()
+
+
+async def test_groups_are_shown(running: Running) -> None:
+    """The ports of each group of Envoys, and the group of each client."""
+    edge = gateway(listener(port=81), name="edge", groups=["test"])
+    await running.control.configure(config(gateway_class(), gateway(), edge, *objects().http_routes, pool()))
+    client = await running.client(SotwPeer("envoy-1"), CLUSTER, LISTENER)
+    code, lines = await status(running.status)
+    assert lines[0] == f"{running.status} is ready: 2 routes on ports 8080; test: ports 81, 8080"
+    assert section(lines, "clients")[1].split()[:4] == ["envoy-1", "test", "test", "sotw"]
     assert code == 0
     client.call.cancel()
 
@@ -115,7 +128,7 @@ async def test_a_client_behind_and_then_refusing(running: Running, peer: Any, mo
     response = await client.receive()
     code, lines = await status(running.status)
     assert code == 1
-    assert section(lines, "clients")[1].split()[4:] == ["behind", "RouteConfiguration"]
+    assert section(lines, "clients")[1].split()[5:] == ["behind", "RouteConfiguration"]
     assert "1 client: 0 in sync, 1 behind, 0 refused a resource" in lines
 
     await client.send(client.peer.nack(response, "no \x1b[31msuch\nroute" + "x" * 300))
@@ -123,7 +136,7 @@ async def test_a_client_behind_and_then_refusing(running: Running, peer: Any, mo
         await running.server.wait_settled()
     code, lines = await status(running.status)
     assert code == 1
-    assert section(lines, "clients")[1].split()[4:] == ["refused", "RouteConfiguration"]
+    assert section(lines, "clients")[1].split()[5:] == ["refused", "RouteConfiguration"]
     row = section(lines, "refused by clients")[1]
     assert row.startswith("  envoy-1  RouteConfiguration  http-8080  no  [31msuch routexxx")
     assert row.endswith("xxx...")
@@ -161,7 +174,7 @@ async def test_a_client_that_catches_up_meanwhile_is_in_sync(running: Running) -
         code, lines = await status(address)
     assert seen == [False, True]
     assert code == 0
-    assert section(lines, "clients")[1].split()[4:] == ["in", "sync"]
+    assert section(lines, "clients")[1].split()[5:] == ["in", "sync"]
 
 
 async def test_json_is_both_pages(running: Running) -> None:

@@ -12,8 +12,10 @@ from xds.snapshot import (
     ENDPOINT,
     LISTENER,
     POOL_LOAD,
+    ROUTE,
     TYPES,
     Snapshot,
+    group_of,
     label,
     make_resource,
     missing,
@@ -55,6 +57,63 @@ def test_names_count_in_the_version() -> None:
     one = {"a": make_resource(CLUSTER, "a", b"x"), "b": make_resource(CLUSTER, "b", b"y")}
     two = {"a": make_resource(CLUSTER, "a", b"y"), "b": make_resource(CLUSTER, "b", b"x")}
     assert version_of(one) != version_of(two)
+
+
+def _grouped() -> Snapshot:
+    """Listener `a` and `b` with routes and clusters of their own and one in common; group x has both, y only `b`."""
+    return Snapshot.of(
+        {
+            LISTENER: [resource(LISTENER, name, refs=[(ROUTE, name), (CLUSTER, "picker")]) for name in "ab"],
+            ROUTE: [resource(ROUTE, name, refs=[(CLUSTER, name), (CLUSTER, "both")]) for name in "ab"],
+            CLUSTER: [resource(CLUSTER, name, refs=[(ENDPOINT, name)]) for name in ("a", "b", "both")]
+            + [resource(CLUSTER, "picker")],
+            ENDPOINT: [resource(ENDPOINT, name) for name in ("a", "b", "both")],
+            POOL_LOAD: [resource(POOL_LOAD, name) for name in ("a", "b")],
+        },
+        {"": [], "x": ["a", "b"], "y": ["b"]},
+    )
+
+
+def test_a_view_is_what_the_groups_listeners_need() -> None:
+    """Listeners, their routes, clusters and endpoints; every pool load, for a picker is in no group."""
+    whole = _grouped()
+    assert whole.view("x").resources == whole.resources
+    assert whole.view("x").versions == whole.versions
+    of_y = {label(type_url): list(found) for type_url, found in whole.view("y").resources.items()}
+    assert of_y == {
+        "Cluster": ["b", "both", "picker"],
+        "ClusterLoadAssignment": ["b", "both"],
+        "Listener": ["b"],
+        "RouteConfiguration": ["b"],
+        "PoolLoad": ["a", "b"],
+    }
+    assert {label(type_url): list(found) for type_url, found in whole.view("").resources.items() if found} == {
+        "PoolLoad": ["a", "b"]
+    }
+
+
+def test_a_view_shares_what_is_equal_with_the_one_before() -> None:
+    """New weights of a cluster of another group are no reason for a look; those of one's own touch endpoints alone."""
+    whole = _grouped()
+    before = whole.view("y")
+    others = [resource(ENDPOINT, "a", "2"), *(whole.resources[ENDPOINT][name] for name in ("b", "both"))]
+    assert all(
+        found is before.resources[type_url]
+        for type_url, found in whole.replace({ENDPOINT: others}).view("y", before).resources.items()
+    )
+    own = [resource(ENDPOINT, name, "2") for name in ("a", "b", "both")]
+    after = whole.replace({ENDPOINT: own}).view("y", before)
+    assert {t for t in TYPES if after.resources[t] is not before.resources[t]} == {ENDPOINT}
+    assert list(after.resources[ENDPOINT].values()) == own[1:]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "node", "group"),
+    [("x", "e", "x"), ("x", "y", "x"), ("other", "y", "y"), ("other", "e", ""), ("", "", "")],
+)
+def test_a_clients_group(cluster: str, node: str, group: str) -> None:
+    """By node.cluster, else by node.id, else it is in none."""
+    assert group_of(_grouped().groups, cluster, node) == group
 
 
 def test_every_type_is_there() -> None:

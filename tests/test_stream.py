@@ -11,23 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
-from tests.scenarios import FULL, PEERS, SCENARIOS, Link, snapshot, start_up
+from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
 from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
 
 
 class MemoryLink(Link):
-    """A peer and a stream joined in memory; `now` is the stream's clock."""
+    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone."""
 
-    def __init__(self, peer: SotwPeer | DeltaPeer) -> None:
+    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "") -> None:
         self.peer = peer
+        self.only = only
         self.now = 0.0
         self.snapshot: Snapshot | None = None
         self.stream: Any = self._open()
         self.responses: deque[Any] = deque()
 
     def _open(self) -> SotwStream | DeltaStream:
-        return DeltaStream("test") if isinstance(self.peer, DeltaPeer) else SotwStream("test")
+        stream = DeltaStream if isinstance(self.peer, DeltaPeer) else SotwStream
+        return stream("test", self.only)
 
     def advance(self) -> None:
         self.responses.extend(self.stream.advance(self.snapshot, self.now))
@@ -63,6 +65,13 @@ def link(request: pytest.FixtureRequest) -> MemoryLink:
 async def test_scenario(link: MemoryLink, scenario: Any) -> None:
     """Each rule of the protocol holds in both variants over the pure objects; the scenario says which."""
     await scenario(link)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+@pytest.mark.parametrize(("scenario", "only"), OF_ONE_TYPE, ids=lambda value: getattr(value, "__name__", ""))
+async def test_scenario_of_one_type(peer: Any, scenario: Any, only: str) -> None:
+    """On a stream for one type alone the same rules hold for it."""
+    await scenario(MemoryLink(peer(), only))
 
 
 async def test_routes_are_held_for_a_bounded_time(link: MemoryLink) -> None:
@@ -141,7 +150,8 @@ async def test_refusal_says_what_was_refused(link: MemoryLink) -> None:
     await link.send(link.peer.subscribe(ENDPOINT, "a"))
     response = await link.expect(ENDPOINT, {"a": "1"}, ack=False)
     refusal = link.stream.receive(link.peer.nack(response, "x" * 1_000_000)).refusal
-    assert refusal == Refusal(ENDPOINT, published.versions[ENDPOINT], response.nonce, ("a",), "x" * MAX_MESSAGE)
+    versions = {"a": published.resources[ENDPOINT]["a"].version}
+    assert refusal == Refusal(ENDPOINT, published.versions[ENDPOINT], response.nonce, versions, "x" * MAX_MESSAGE)
     assert link.stream.subscriptions[ENDPOINT].last_nack == "x" * MAX_MESSAGE
     await link.quiet()
 
@@ -157,6 +167,37 @@ async def test_a_version_stands_for_what_the_client_holds(link: MemoryLink) -> N
     await link.send(link.peer.subscribe(CLUSTER, "b"))
     await link.expect(CLUSTER, {"b": "1"})
     assert sub.version_acked == published.versions[CLUSTER]
+
+
+async def test_a_broken_rule_is_not_lost_behind_the_quoted_resource(link: MemoryLink) -> None:
+    """Envoy's message begins with the resource, however long; what is kept is the rule behind it."""
+    await link.publish(snapshot(eds={"a": "1"}))
+    await link.send(link.peer.subscribe(ENDPOINT, "a"))
+    response = await link.expect(ENDPOINT, {"a": "1"}, ack=False)
+    rule = "Proto constraint validation failed (ClusterLoadAssignmentValidationError.Endpoints[0]: ...)"
+    refusal = link.stream.receive(link.peer.nack(response, "x" * 1_000_000 + rule)).refusal
+    assert refusal.message == rule
+    await link.quiet()
+
+
+async def test_an_answer_says_what_the_client_has_taken(link: MemoryLink) -> None:
+    """An ACK stands for the versions that were sent, a delta client that comes back names those it has; a request for
+    names alone, or a NACK, says nothing of that kind."""
+    published = snapshot(eds={"a": "1", "b": "1"})
+    version = published.resources[ENDPOINT]["a"].version
+    await link.publish(published)
+
+    def taken(request: Any) -> dict[str, str]:
+        received = link.stream.receive(request)
+        link.advance()
+        return dict(received.accepted)
+
+    assert taken(link.peer.subscribe(ENDPOINT, "a")) == {}
+    assert taken(link.peer.ack(await link.receive())) == {"a": version}
+    assert taken(link.peer.subscribe(ENDPOINT, "b")) == {}
+    assert taken(link.peer.nack(await link.receive())) == {}
+    link.stream = link._open()
+    assert taken(link.peer.reconnect()[0]) == ({"a": version} if link.delta else {})
 
 
 REVISIONS = st.sampled_from(["1", "2", "3", "bad"])

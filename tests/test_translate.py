@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.goldens import decoded
-from tests.objects import backend, config, gateway, gateway_class, listener, pod, pool, route, rule, service
+from tests.objects import backend, config, gateway, gateway_class, listener, parent, pod, pool, route, rule, service
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
@@ -159,6 +159,32 @@ def test_a_change_of_pods_touches_endpoints_alone() -> None:
     before = snapshot_of(resolve(config(*OBJECTS, route(rule(LLM)))))
     after = snapshot_of(changed)
     assert {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]} == {"ClusterLoadAssignment"}
+
+
+def test_each_group_has_its_listeners_and_what_they_need() -> None:
+    """A group's resources have names of their own; its view is consistent, and has nothing of another's."""
+    objects = (
+        *OBJECTS[:1],
+        *OBJECTS[2:],
+        gateway(name="all"),
+        gateway(listener(port=81), name="edge", groups=["edge"]),
+    )
+    routes = (
+        route(rule(backend()), name="a", parents=[parent("all")]),
+        route(rule(LLM), name="b", parents=[parent("edge")]),
+    )
+    snapshot = snapshot_of(resolve(config(*objects, *routes)))
+    assert missing(snapshot) == ()
+    views = {group: snapshot.view(group).resources for group in snapshot.groups}
+    assert {group: list(view[types.LISTENER]) for group, view in views.items()} == {
+        "": ["http-8080"],
+        "edge": ["http-8080@edge", "http-81@edge"],
+    }
+    assert list(views["edge"][types.ROUTE]) == ["http-8080@edge", "http-81@edge"]
+    assert list(views[""][types.ENDPOINT]) == [WEB.name]
+    assert list(views[""][types.CLUSTER]) == [WEB.name, PICKER_CLUSTER]
+    assert list(views["edge"][types.CLUSTER]) == [POOL.name, WEB.name, PICKER_CLUSTER]
+    assert snapshot_of(TOPOLOGY).groups == {}
 
 
 @pytest.mark.parametrize("port", [80, 65535])

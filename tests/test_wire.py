@@ -5,11 +5,20 @@ load.proto is a message of our own and has no twin.
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import pytest
 from envoy_data_plane.envoy.config.core.v3 import Address, ControlPlane, HealthStatus, Metadata, Node, SocketAddress
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.config.endpoint.v3 import (
+    ClusterLoadAssignment,
+    ClusterStats,
+    Endpoint,
+    LbEndpoint,
+    LocalityLbEndpoints,
+    UpstreamEndpointStats,
+    UpstreamLocalityStats,
+)
 from envoy_data_plane.envoy.service.discovery.v3 import (
     DeltaDiscoveryRequest,
     DeltaDiscoveryResponse,
@@ -17,12 +26,14 @@ from envoy_data_plane.envoy.service.discovery.v3 import (
     DiscoveryResponse,
     Resource,
 )
+from envoy_data_plane.envoy.service.load_stats.v3 import LoadStatsRequest, LoadStatsResponse
 from envoy_data_plane.google.protobuf import Any as FullAny
 from envoy_data_plane.google.protobuf import Struct, Value
 from envoy_data_plane.google.rpc import Status
+from google.protobuf.duration_pb2 import Duration
 
 from xds.snapshot import ENDPOINT, make_resource
-from xds.wire import discovery_pb2, endpoint_pb2
+from xds.wire import discovery_pb2, endpoint_pb2, load_stats_pb2
 
 BODY = b"\x0a\x01a"
 MADE = make_resource(ENDPOINT, "a", BODY)
@@ -101,6 +112,58 @@ PAIRS: dict[str, tuple[Any, Any]] = {
             nonce="7",
             removed_resources=["b", "c"],
             control_plane=discovery_pb2.ControlPlane(identifier="us"),
+        ),
+    ),
+    "LoadStatsRequest": (
+        LoadStatsRequest(
+            node=Node(id="envoy-1", cluster="gateways"),
+            cluster_stats=[
+                ClusterStats(
+                    cluster_name="pool/default/qwen",
+                    upstream_locality_stats=[
+                        UpstreamLocalityStats(
+                            upstream_endpoint_stats=[
+                                UpstreamEndpointStats(
+                                    address=Address(socket_address=SocketAddress(address="10.0.0.1", port_value=8000)),
+                                    total_requests_in_progress=300,
+                                )
+                            ]
+                        )
+                    ],
+                )
+            ],
+        ),
+        load_stats_pb2.LoadStatsRequest(
+            node=discovery_pb2.Node(id="envoy-1", cluster="gateways"),
+            cluster_stats=[
+                {
+                    "cluster_name": "pool/default/qwen",
+                    "upstream_locality_stats": [
+                        {
+                            "upstream_endpoint_stats": [
+                                {
+                                    "address": {"socket_address": {"address": "10.0.0.1", "port_value": 8000}},
+                                    "total_requests_in_progress": 300,
+                                }
+                            ]
+                        }
+                    ],
+                }
+            ],
+        ),
+    ),
+    "LoadStatsResponse": (
+        LoadStatsResponse(
+            clusters=["a"],
+            send_all_clusters=True,
+            report_endpoint_granularity=True,
+            load_reporting_interval=dt.timedelta(seconds=1.5),
+        ),
+        load_stats_pb2.LoadStatsResponse(
+            clusters=["a"],
+            send_all_clusters=True,
+            report_endpoint_granularity=True,
+            load_reporting_interval=Duration(seconds=1, nanos=500_000_000),
         ),
     ),
     "Resource": (FULL_RESOURCE, discovery_pb2.Resource.FromString(MADE.entry)),

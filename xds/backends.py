@@ -138,6 +138,7 @@ def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
         endpoints=_distinct(endpoints),
         strategy=pool.strategy,
         http2=pool.http2,
+        ref=pool.meta.ref,
     )
 
 
@@ -170,6 +171,7 @@ def service_cluster(
         name=name,
         endpoints=_distinct(endpoints),
         http2=port.app_protocol == "kubernetes.io/h2c",
+        ref=service.meta.ref,
     )
 
 

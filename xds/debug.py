@@ -11,6 +11,7 @@ from envoy_data_plane.google.protobuf import Any as PackedMessage
 from google.protobuf.json_format import MessageToDict
 
 from xds.control import Control
+from xds.in_flight import Reported
 from xds.model import Cluster, Endpoint, Rejection, authority
 from xds.snapshot import ENDPOINT, POOL_LOAD, TYPES, Snapshot, label
 from xds.status import Page
@@ -49,7 +50,11 @@ def describe(control: Control) -> dict[str, Any]:
     return {
         "ready": control.snapshot is not None,
         "ports": [
-            {"port": listener.port, "routes": sum(len(host.routes) for host in listener.virtual_hosts)}
+            {
+                "port": listener.port,
+                "group": listener.group,
+                "routes": sum(len(host.routes) for host in listener.virtual_hosts),
+            }
             for listener in control.topology.listeners
         ],
         "types": {
@@ -62,7 +67,7 @@ def describe(control: Control) -> dict[str, Any]:
             for type_url, by_name in resources.items()
         },
         "pools": [
-            _pool(cluster, control.pools[cluster.name], now)
+            _pool(cluster, control.pools[cluster.name], now, control.in_flight.of(cluster.name, now))
             for cluster in control.topology.clusters
             if cluster.name in control.pools
         ],
@@ -84,16 +89,16 @@ def decode(snapshot: Snapshot | None, type_label: str, name: str) -> dict[str, A
     return {"name": name, "version": resource.version, "bytes": len(resource.any), "resource": body}
 
 
-def _pool(cluster: Cluster, pool: Pool, now: float) -> dict[str, Any]:
+def _pool(cluster: Cluster, pool: Pool, now: float, reported: Reported | None) -> dict[str, Any]:
     return {
         "name": cluster.name,
         "strategy": cluster.strategy,
-        "endpoints": [_endpoint(endpoint, pool, now) for endpoint in cluster.endpoints],
+        "endpoints": [_endpoint(endpoint, pool, now, reported) for endpoint in cluster.endpoints],
     }
 
 
-def _endpoint(endpoint: Endpoint, pool: Pool, now: float) -> dict[str, Any]:
-    """`age` in seconds, and the load, are null if its page was never read."""
+def _endpoint(endpoint: Endpoint, pool: Pool, now: float, reported: Reported | None) -> dict[str, Any]:
+    """`age` in seconds, and the load, are null if its page was never read; `in_flight` is if no Envoy reports."""
     member = pool.members.get(endpoint.hash_key)  # while a new configuration is translated the pool is ahead of it
     load = member.load if member else None
     return {
@@ -105,6 +110,7 @@ def _endpoint(endpoint: Endpoint, pool: Pool, now: float) -> dict[str, Any]:
         "running": load.running if load else None,
         "waiting": load.waiting if load else None,
         "kv_usage": load.kv_usage if load else None,
+        "in_flight": reported.to(endpoint.address, endpoint.port) if reported else None,
     }
 
 

@@ -38,9 +38,9 @@ class Options:
     picker_tls_sds: str | None = None
 
 
-def listener_name(port: int) -> str:
-    """`http-<port>`: the LDS name, the RDS name and the stat prefix of one port."""
-    return f"http-{port}"
+def listener_name(port: int, group: str = "") -> str:
+    """`http-<port>`, for a group of Envoys `http-<port>@<group>`: LDS name, RDS name and stat prefix of one port."""
+    return f"http-{port}@{group}" if group else f"http-{port}"
 
 
 def ads() -> ConfigSource:

@@ -84,9 +84,9 @@ from xds.envoy import (
 )
 
 
-def listener(port: int, options: Options) -> Listener:
-    """The listener of one port; it depends on nothing else, so that routes come and go without draining it."""
-    name = listener_name(port)
+def listener(port: int, group: str, options: Options) -> Listener:
+    """A group's listener of one port; it depends on nothing else, so that routes come and go without draining it."""
+    name = listener_name(port, group)
     manager = HttpConnectionManager(
         stat_prefix=name,
         rds=Rds(config_source=ads(), route_config_name=name),

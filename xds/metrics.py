@@ -21,6 +21,12 @@ class Metrics:
         # configuration
         self.objects = Gauge("vllm_xds_objects", "Accepted objects.", ["kind"], registry=r)
         self.rejections = Gauge("vllm_xds_rejections", "Current rejections.", ["level", "reason"], registry=r)
+        self.refused = Gauge(
+            "vllm_xds_objects_refused",
+            "Objects that an Envoy refuses, though all checks passed.",
+            ["object"],
+            registry=r,
+        )
         self.loads = Counter(
             "vllm_xds_config_loads",
             "Times the configuration was read: ok, or rejected in part.",
@@ -45,7 +51,8 @@ class Metrics:
         self.responses = Counter("vllm_xds_responses", "Responses sent.", ["type"], registry=r)
         self.response_bytes = Counter("vllm_xds_response_bytes", "Bytes of resources sent.", ["type"], registry=r)
         self.nacks = Counter("vllm_xds_nacks", "Responses a client refused.", ["type"], registry=r)
-        # scraping
+        # loads
+        self.reporting = Gauge("vllm_xds_load_reporting_envoys", "Envoys that report their load (LRS).", registry=r)
         self.scrapes = Counter("vllm_xds_scrapes", "Metrics pages asked for.", ["pool", "result"], registry=r)
         self.scrape_seconds = Histogram(
             "vllm_xds_scrape_seconds",
@@ -58,13 +65,14 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class EndpointState:
-    """What one endpoint's series say; `load` None: its page was never read."""
+    """What one endpoint's series say; `load` None: its page was never read, `in_flight` None: no Envoy reports."""
 
     pool: str
     endpoint: str
     weight: int
     age: float
     load: Load | None
+    in_flight: int | None = None
 
 
 class EndpointCollector(Collector):
@@ -80,6 +88,9 @@ class EndpointCollector(Collector):
         running = GaugeMetricFamily("vllm_xds_endpoint_running", "Requests running, last read.", labels=labels)
         waiting = GaugeMetricFamily("vllm_xds_endpoint_waiting", "Requests waiting, last read.", labels=labels)
         kv_usage = GaugeMetricFamily("vllm_xds_endpoint_kv_usage", "KV cache in use, 0..1, last read.", labels=labels)
+        in_flight = GaugeMetricFamily(
+            "vllm_xds_endpoint_in_flight", "Requests under way, as Envoys report them.", labels=labels
+        )
         for state in self._states():
             names = [state.pool, state.endpoint]
             weight.add_metric(names, state.weight)
@@ -88,4 +99,6 @@ class EndpointCollector(Collector):
                 running.add_metric(names, state.load.running)
                 waiting.add_metric(names, state.load.waiting)
                 kv_usage.add_metric(names, state.load.kv_usage)
-        yield from (weight, age, running, waiting, kv_usage)
+            if state.in_flight is not None:
+                in_flight.add_metric(names, state.in_flight)
+        yield from (weight, age, running, waiting, kv_usage, in_flight)

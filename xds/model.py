@@ -113,9 +113,12 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
+    """`groups` are the Envoys it is for, by node.cluster or node.id; empty = all of them."""
+
     meta: Meta
     class_name: str
     listeners: tuple[Listener, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +424,7 @@ class Endpoint:
 class Cluster:
     """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
 
-    `strategy` is None for a Service. `endpoints` are sorted.
+    `ref` is that pool or Service, `strategy` None for a Service. `endpoints` are sorted.
     """
 
     name: str
@@ -430,6 +433,7 @@ class Cluster:
     http2: bool = False
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
+    ref: ObjectRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,19 +476,29 @@ class VirtualHost:
 
 @dataclass(frozen=True, slots=True)
 class PortListener:
-    """One TCP port of Envoy, whatever number of Gateway listeners share it; virtual hosts sorted by hostname."""
+    """One TCP port of the Envoys of a group, whatever number of Gateway listeners share it.
+
+    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. Virtual hosts are sorted by
+    hostname.
+    """
 
     port: int
     virtual_hosts: tuple[VirtualHost, ...]
+    group: str = ""
+    gateways: tuple[ObjectRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything to be served, sorted: equal Configs give equal Topologies."""
+    """Everything to be served, sorted: equal Configs give equal Topologies.
+
+    `groups` are the groups of Envoys that Gateways name; each has all ports that are for it, whoever else has them too.
+    """
 
     listeners: tuple[PortListener, ...] = ()
     clusters: tuple[Cluster, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 # --- loads and weights ------------------------------------------------------------------------------------------------

@@ -23,6 +23,10 @@ from xds.model import (
 
 MAX_TARGETS = 64  # of one policy; Envoy Gateway sets no limit, a Gateway has as many listeners
 
+NODES_ANNOTATION = "vllm-xds/nodes"  # on a Gateway: node.cluster or node.id of the Envoys it is for
+MAX_NODES = 16  # names in one annotation
+
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,252}")
 _CONTROLLER = Text("a domain/path", 253, re.compile(r"[a-z0-9.-]+/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"))
 _PROTOCOL = Text("a protocol", 255, re.compile(r"[A-Za-z0-9./-]+"))
 
@@ -43,7 +47,19 @@ def read_gateway(document: Reader, meta: Meta) -> Gateway:
         raise spec.error("listeners", "expected names that differ")
     if len({(each.port, each.hostname) for each in listeners}) < len(listeners):
         raise spec.error("listeners", "expected combinations of port, protocol and hostname that differ")
-    return Gateway(meta, spec.text("gatewayClassName", OBJECT_NAME), tuple(listeners))
+    return Gateway(meta, spec.text("gatewayClassName", OBJECT_NAME), tuple(listeners), _read_groups(document, meta))
+
+
+def _read_groups(document: Reader, meta: Meta) -> tuple[str, ...]:
+    """NODES_ANNOTATION. A wrong one costs the object: served without it, all Envoys would have it."""
+    text = meta.annotations.get(NODES_ANNOTATION)
+    if text is None:
+        return ()
+    names = sorted({name.strip() for name in text.split(",")})
+    if len(names) > MAX_NODES or not all(_NODE.fullmatch(name) for name in names):
+        message = f"expected 1 to {MAX_NODES} names of letters, digits and ._:/- with commas, found {describe(text)}"
+        raise document.error(f"metadata.annotations[{NODES_ANNOTATION}]", message)
+    return tuple(names)
 
 
 def _read_listener(reader: Reader) -> Listener | None:

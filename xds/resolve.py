@@ -1,5 +1,6 @@
 """Config -> Topology: Gateway API's rules of attachment, precedence and failure (pure).
 
+    Gateways  -> groups of Envoys            (the annotation vllm-xds/nodes; what follows is done for each group)
     Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname)
     HTTPRoutes -> attach to listeners        (sectionName, port, allowedRoutes, hostname intersection)
     matches   -> order within a virtual host (Gateway API precedence)
@@ -45,6 +46,7 @@ from xds.model import (
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
 
 ANY_HOST = "*"
+MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,36 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
     rejections = list(unserved_targets(config))
     gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
-    listeners = list(_distinct_listeners(gateways, rejections))
+    groups = _groups(gateways, rejections)
     backends = Backends(config)
+    actions = _Actions(config, backends, rejections)
+    listeners: list[PortListener] = []
+    for group in ("", *groups):
+        members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
+        listeners += _ports(group, members, config, actions, rejections)
+    clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
+    return Topology(tuple(listeners), clusters, tuple(dict.fromkeys(rejections)), groups)
 
+
+# --- gateways and listeners -------------------------------------------------------------------------------------------
+
+
+def _groups(gateways: list[Gateway], rejections: list[Rejection]) -> tuple[str, ...]:
+    """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
+    names = sorted({name for gateway in gateways for name in gateway.groups})
+    for gateway in gateways:
+        for name in gateway.groups:
+            if name in names[MAX_GROUPS:]:
+                message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
+                rejections.append(_about(gateway, "TooManyGroups", message, "metadata.annotations"))
+    return tuple(names[:MAX_GROUPS])
+
+
+def _ports(
+    group: str, gateways: list[Gateway], config: Config, actions: _Actions, rejections: list[Rejection]
+) -> Iterator[PortListener]:
+    """The ports of one group of Envoys."""
+    listeners = list(_distinct_listeners(gateways, rejections))
     ports: dict[int, list[Listener]] = {}
     for _, listener in listeners:
         ports.setdefault(listener.port, []).append(listener)
@@ -73,16 +102,10 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     for route in config.http_routes:
         for each in _attach(route, listeners, ports, config, rejections):
             attached[each.listener.port].append(each)
-
-    actions = _Actions(config, backends, rejections)
-    port_listeners = tuple(
-        PortListener(port, tuple(_virtual_hosts(ports[port], attached[port], actions))) for port in sorted(ports)
-    )
-    clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(port_listeners, clusters, tuple(dict.fromkeys(rejections)))
-
-
-# --- gateways and listeners -------------------------------------------------------------------------------------------
+    for port in sorted(ports):
+        hosts = _virtual_hosts(ports[port], attached[port], actions)
+        owners = {gateway.meta.ref: None for gateway, listener in listeners if listener.port == port}
+        yield PortListener(port, tuple(hosts), group, tuple(owners))
 
 
 def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:

@@ -91,7 +91,7 @@ _WELL_KNOWN = {"http": 80, "https": 443}
 def route_configuration(source: model.PortListener) -> RouteConfiguration:
     """The RDS resource of one port; hostnames match whatever port the client wrote behind them."""
     return RouteConfiguration(
-        name=listener_name(source.port),
+        name=listener_name(source.port, source.group),
         virtual_hosts=[_virtual_host(host, source.port) for host in source.virtual_hosts],
         ignore_port_in_host_matching=True,
     )

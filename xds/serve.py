@@ -19,6 +19,7 @@ from xds import debug, log, tls
 from xds.control import Control
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
+from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.resolve import CONTROLLER_NAMES
 from xds.scrape import INTERVAL, Scraper
@@ -135,6 +136,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
+    reports = LoadReports(metrics)
     control = Control(
         server,
         Scraper(metrics, args.scrape_interval),
@@ -142,6 +144,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         interval=args.scrape_interval,
         options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
+        in_flight=reports.in_flight,
     )
     configs = DirectorySource(args.config).configs()
 
@@ -153,7 +156,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
     host, port = bootstrap.split_address(args.status)
     pages = debug.pages(control)
     async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
-        await server.start(args.listen, files)
+        await server.start(args.listen, files, [reports.handler()])
         try:
             await until_signal(work())
             events.info("server stopped")

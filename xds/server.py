@@ -1,4 +1,6 @@
-"""The management server: ADS over gRPC in both variants. Every protocol decision is in xds/stream.py, here is the I/O.
+"""The management server: ADS, and LDS, RDS, CDS and EDS alone, over gRPC in both variants.
+
+Every protocol decision is in xds/stream.py, here is the I/O.
 
     publish --newest snapshot--> [ client: reader task -> Stream.receive ; writer loop -> Stream.advance -> write ] * n
 
@@ -10,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,12 +22,19 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
-from xds.snapshot import POOL_LOAD, Snapshot, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, group_of, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
 ADS = "envoy.service.discovery.v3.AggregatedDiscoveryService"
+SERVICES = {  # service -> its two methods, and the one type it is for ("": all of them)
+    ADS: ("StreamAggregatedResources", "DeltaAggregatedResources", ""),
+    "envoy.service.cluster.v3.ClusterDiscoveryService": ("StreamClusters", "DeltaClusters", CLUSTER),
+    "envoy.service.endpoint.v3.EndpointDiscoveryService": ("StreamEndpoints", "DeltaEndpoints", ENDPOINT),
+    "envoy.service.listener.v3.ListenerDiscoveryService": ("StreamListeners", "DeltaListeners", LISTENER),
+    "envoy.service.route.v3.RouteDiscoveryService": ("StreamRoutes", "DeltaRoutes", ROUTE),
+}
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
 
@@ -63,11 +73,13 @@ class TypeView:
 class ClientView:
     """One stream as it is now; `node_id` is "" until its first request.
 
-    `settled`: it has accepted all it wants of the newest snapshot, but for what it refuses.
+    `group` is the group of Envoys it is in ("": of none that a Gateway names). `settled`: it has accepted all it wants
+    of the newest snapshot, but for what it refuses.
     """
 
     node_id: str
     node_cluster: str
+    group: str
     variant: str
     peer: str
     settled: bool
@@ -92,7 +104,7 @@ class _Client:
     def settled(self, snapshot: Snapshot | None) -> bool:
         return snapshot is not None and self.greeted and self.stream.settled(snapshot)
 
-    def view(self, snapshot: Snapshot | None) -> ClientView:
+    def view(self, snapshot: Snapshot | None, group: str) -> ClientView:
         types = tuple(
             TypeView(
                 label(type_url),
@@ -106,7 +118,8 @@ class _Client:
             for type_url, sub in self.stream.subscriptions.items()
             if sub.opened
         )
-        return ClientView(self.node_id, self.node_cluster, self.variant, self.peer, self.settled(snapshot), types)
+        settled = self.settled(snapshot)
+        return ClientView(self.node_id, self.node_cluster, group, self.variant, self.peer, settled, types)
 
 
 class ManagementServer:
@@ -119,24 +132,31 @@ class ManagementServer:
         self._identifier = identifier
         self._clock = clock
         self._snapshot: Snapshot | None = None
+        self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
+        self._tell: Callable[[str, str, str, str], None] = lambda *_: None
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, addresses: Sequence[str], tls: TlsFiles | None = None) -> list[int]:
+    async def start(
+        self, addresses: Sequence[str], tls: TlsFiles | None = None, beside: Iterable[grpc.GenericRpcHandler] = ()
+    ) -> list[int]:
         """Listen on each `host:port` (port 0: any free one), with mutual TLS if there are files; return the ports.
+
+        `beside` are the handlers of other services that are to be had at the same addresses.
 
         RuntimeError: an address is not free. TlsError: the files can not be used.
         """
         server = grpc.aio.server(options=OPTIONS)
-        ads = {
-            "StreamAggregatedResources": grpc.stream_stream_rpc_method_handler(self._sotw),
-            "DeltaAggregatedResources": grpc.stream_stream_rpc_method_handler(self._delta),
-        }
-        health = {"Check": grpc.unary_unary_rpc_method_handler(self._check)}
+        services = {HEALTH: {"Check": grpc.unary_unary_rpc_method_handler(self._check)}}
+        for service, (sotw, delta, only) in SERVICES.items():
+            services[service] = {
+                sotw: grpc.stream_stream_rpc_method_handler(partial(self._sotw, only)),
+                delta: grpc.stream_stream_rpc_method_handler(partial(self._delta, only)),
+            }
         server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(ADS, ads), grpc.method_handlers_generic_handler(HEALTH, health))
+            [*(grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()), *beside]
         )
         if tls is None:
             ports = [server.add_insecure_port(address) for address in addresses]
@@ -146,9 +166,14 @@ class ManagementServer:
         self._server = server
         return ports
 
+    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
+        """Have every client's answer about a resource told: type_url, name, version, and "" or why it is refused."""
+        self._tell = tell
+
     def publish(self, snapshot: Snapshot) -> None:
-        """Make this the snapshot every client is brought to; returns at once."""
+        """Make this the snapshot every client is brought to, or its group's view of it; returns at once."""
         before, self._snapshot = self._snapshot, snapshot
+        self._views = {group: snapshot.view(group, self._views.get(group)) for group in snapshot.groups}
         for client in self._clients:
             client.wake.set()
         changed = {
@@ -166,7 +191,7 @@ class ManagementServer:
 
     def clients(self) -> tuple[ClientView, ...]:
         """Return every open stream, sorted by node id."""
-        views = [client.view(self._snapshot) for client in self._clients]
+        views = [client.view(self._served(client), self._group(client)) for client in self._clients]
         return tuple(sorted(views, key=lambda view: (view.node_id, view.peer)))
 
     async def wait_settled(self, clients: int = 1) -> None:
@@ -183,7 +208,14 @@ class ManagementServer:
             await self._server.stop(grace)
 
     def _settled(self, clients: int) -> bool:
-        return len(self._clients) >= clients and all(client.settled(self._snapshot) for client in self._clients)
+        return len(self._clients) >= clients and all(client.settled(self._served(client)) for client in self._clients)
+
+    def _group(self, client: _Client) -> str:
+        return group_of(self._views, client.node_cluster, client.node_id)
+
+    def _served(self, client: _Client) -> Snapshot | None:
+        """What this client is brought to; None before there is anything."""
+        return self._views[self._group(client)] if self._views else self._snapshot
 
     def _progressed(self) -> None:
         self._progress.set()
@@ -195,12 +227,12 @@ class ManagementServer:
         """grpc.health.v1: serving once there is something to serve."""
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
-    async def _sotw(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(self._identifier)
+    async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = SotwStream(self._identifier, only)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
-    async def _delta(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = DeltaStream(self._identifier)
+    async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = DeltaStream(self._identifier, only)
         await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
 
     async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -241,9 +273,14 @@ class ManagementServer:
         """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
         while not (reader.done() or self._stopping):
             now = self._clock()
-            for response in client.stream.advance(self._snapshot, now):
+            served = self._served(client)
+            for response in client.stream.advance(served, now):
                 await context.write(response.SerializeToString())
                 self._count(client, response)
+                if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
+                    client.log.warning(
+                        "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
+                    )
             self._progressed()
             deadline = client.stream.deadline(now)
             try:
@@ -276,10 +313,15 @@ class ManagementServer:
                 type=name,
                 version=refusal.version,
                 nonce=refusal.nonce,
-                resources=len(refusal.names),
-                names=refusal.names[:MAX_LOGGED_NAMES],
+                resources=len(refusal.resources),
+                names=tuple(refusal.resources)[:MAX_LOGGED_NAMES],
                 message=refusal.message,
             )
+            if len(refusal.resources) == 1:  # of several it is not known yet which one is bad: xds/subscription.py
+                for resource, version in refusal.resources.items():
+                    self._tell(received.type_url, resource, version, refusal.message or "no reason given")
+        for resource, version in received.accepted.items():
+            self._tell(received.type_url, resource, version, "")
 
     def _count(self, client: _Client, response: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse) -> None:
         name, size = label(response.type_url), sum(map(len, response.resources))

@@ -37,7 +37,9 @@ UNEXPECTED = (
     OverflowError,
 )  # what reading JSON of another shape ends in
 
-NUMBERS = frozenset({"weight", "running", "waiting", "kv usage", "age"})  # columns that are aligned to the right
+NUMBERS = frozenset(
+    {"weight", "in flight", "running", "waiting", "kv usage", "age"}
+)  # columns that are aligned to the right
 STYLES = {"in sync": "green", "behind": "yellow", "refused": "red", "warning": "yellow", "error": "red"}
 
 
@@ -144,12 +146,21 @@ def _summary(address: str, document: dict[str, Any]) -> list[str]:
     states = [_state(client) for client in document["clients"]]
     levels = [rejection["level"] for rejection in document["rejections"]]
     return [
-        f"{address} is ready: {_count(routes, 'route')} on ports {', '.join(str(p['port']) for p in ports) or 'none'}",
+        f"{address} is ready: {_count(routes, 'route')} on {_ports(ports)}",
         f"{_count(len(states), 'client')}: {states.count('in sync')} in sync, {states.count('behind')} behind, "
         f"{states.count('refused')} refused a resource",
         f"{_count(levels.count('error'), 'error')} and {_count(levels.count('warning'), 'warning')} "
         "in the configuration",
     ]
+
+
+def _ports(ports: list[dict[str, Any]]) -> str:
+    """`ports 8080, 8081`, and those of each group of Envoys behind it."""
+    of_group: dict[str, list[str]] = {"": []}
+    for port in ports:
+        of_group.setdefault(port["group"], []).append(str(port["port"]))
+    texts = {group: f"ports {', '.join(found) or 'none'}" for group, found in of_group.items()}
+    return "; ".join([texts.pop(""), *(f"{group}: {text}" for group, text in texts.items())])
 
 
 def _count(number: int, noun: str) -> str:
@@ -158,13 +169,13 @@ def _count(number: int, noun: str) -> str:
 
 def _tables(document: dict[str, Any]) -> Iterator[_Table]:
     """Only those with a row, but for pools: one without endpoints is worth knowing of."""
-    columns: tuple[str, ...] = ("endpoint", "address", "weight", "running", "waiting", "kv usage", "age")
+    columns: tuple[str, ...] = ("endpoint", "address", "weight", "in flight", "running", "waiting", "kv usage", "age")
     for pool in document["pools"]:
         rows = [_endpoint_row(endpoint) for endpoint in pool["endpoints"]]
         yield _Table(_clean(f"{pool['name']}, {pool['strategy']}, {_count(len(rows), 'endpoint')}"), columns, rows)
     rows = [_client_row(client) for client in document["clients"]]
     if rows:
-        yield _Table("clients", ("node", "cluster", "variant", "peer", "state", "not accepted yet"), rows)
+        yield _Table("clients", ("node", "cluster", "group", "variant", "peer", "state", "not accepted yet"), rows)
     rows = [
         _cells(client["node_id"], each["type"], ", ".join(each["refused"]), each["last_nack"])
         for client in document["clients"]
@@ -185,7 +196,8 @@ def _endpoint_row(endpoint: dict[str, Any]) -> tuple[str, ...]:
     if endpoint["age"] is not None:
         running, waiting, kv_usage, age = (endpoint[name] for name in ("running", "waiting", "kv_usage", "age"))
         load = (f"{running:g}", f"{waiting:g}", f"{kv_usage:.0%}", f"{age:.1f} s")
-    return _cells(endpoint["endpoint"], endpoint["address"], weight, *load)
+    in_flight = "-" if endpoint["in_flight"] is None else endpoint["in_flight"]
+    return _cells(endpoint["endpoint"], endpoint["address"], weight, in_flight, *load)
 
 
 def _client_row(client: dict[str, Any]) -> tuple[str, ...]:
@@ -195,6 +207,7 @@ def _client_row(client: dict[str, Any]) -> tuple[str, ...]:
     return _cells(
         client["node_id"],
         client["node_cluster"],
+        client["group"] or "-",
         client["variant"],
         client["peer"],
         state,

@@ -8,8 +8,8 @@ what a body refers to (a cluster its endpoints, a listener its routes) is said b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from xds.wire import discovery_pb2 as wire
 
@@ -59,17 +59,22 @@ def version_of(resources: Mapping[str, Resource]) -> str:
 class Snapshot:
     """Everything served at one time. Make one with `Snapshot.of`, the next with `replace`.
 
-    `resources` has every type of TYPES, each sorted by name; `versions` has `version_of` each of them.
+    `resources` has every type of TYPES, each sorted by name; `versions` has `version_of` each of them. `groups` has the
+    names of the listeners that each group of clients is for; empty: every client is served everything.
     """
 
     resources: Mapping[str, Mapping[str, Resource]]
     versions: Mapping[str, str]
+    groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, resources: Mapping[str, Iterable[Resource]]) -> Snapshot:
+    def of(
+        cls, resources: Mapping[str, Iterable[Resource]], groups: Mapping[str, Iterable[str]] | None = None
+    ) -> Snapshot:
         """Build a snapshot; a type that is not given is empty. ValueError: unknown type, or a name given twice."""
         empty: dict[str, Mapping[str, Resource]] = {type_url: {} for type_url in TYPES}
-        return cls(empty, dict.fromkeys(TYPES, version_of({}))).replace(resources)
+        of_group = {group: frozenset(names) for group, names in (groups or {}).items()}
+        return cls(empty, dict.fromkeys(TYPES, version_of({})), of_group).replace(resources)
 
     def replace(self, resources: Mapping[str, Iterable[Resource]]) -> Snapshot:
         """Return a snapshot with these types replaced as a whole; a type whose content is equal stays the same object.
@@ -87,7 +92,31 @@ class Snapshot:
             version = version_of(by_name)
             if version != versions[type_url]:
                 merged[type_url], versions[type_url] = by_name, version
-        return Snapshot(merged, versions)
+        return Snapshot(merged, versions, self.groups)
+
+    def view(self, group: str, before: Snapshot | None = None) -> Snapshot:
+        """What one group of clients is served: its listeners, what these need, directly or not, and all pool loads.
+
+        What is equal in `before`, the group's last view, stays the same object.
+        """
+        seen: set[Ref] = set()
+        pending = [(LISTENER, name) for name in self.groups[group]]
+        while pending:
+            ref = pending.pop()
+            resource = self.resources[ref[0]].get(ref[1])
+            if resource is not None and ref not in seen:
+                seen.add(ref)
+                pending += resource.refs
+        kept = {
+            type_url: [r for name, r in resources.items() if type_url == POOL_LOAD or (type_url, name) in seen]
+            for type_url, resources in self.resources.items()
+        }
+        return (before or Snapshot.of({})).replace(kept)
+
+
+def group_of(groups: Container[str], node_cluster: str, node_id: str) -> str:
+    """The group a client is in: its node.cluster if there is such a group, else its node.id, else ""."""
+    return next((name for name in (node_cluster, node_id) if name in groups), "")
 
 
 def missing(snapshot: Snapshot) -> tuple[tuple[Ref, Ref], ...]:

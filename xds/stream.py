@@ -24,13 +24,16 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a change).
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+
+A stream of a service for one type (LDS, RDS, CDS, EDS instead of ADS) is `only` that type, which its requests need not
+name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic, TypeVar
 
@@ -50,7 +53,9 @@ HOLD = 20.0
 # client could add as many with each request.
 MAX_NAMES = 100_000
 
-MAX_MESSAGE = 2_000  # characters kept of a client's error message: Envoy quotes the whole resource in it
+MAX_MESSAGE = 2_000  # characters kept of a client's reason
+
+BROKEN_RULE = "Proto constraint validation failed"  # how Envoy says which rule of the proto a resource breaks
 
 
 class Kind(StrEnum):
@@ -69,22 +74,23 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A client's NACK: of which response, which changed resources were in it, and the client's reason."""
+    """A client's NACK: of which response, which changed resources (name -> version) were in it, and its reason."""
 
     type_url: str
     version: str
     nonce: str
-    names: tuple[str, ...]
+    resources: Mapping[str, str]
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a request was; `refusal` when it is a NACK."""
+    """What a request was; `refusal` if it is a NACK; `accepted` (name -> version) is what the client has taken."""
 
     kind: Kind
     type_url: str
     refusal: Refusal | None = None
+    accepted: Mapping[str, str] = field(default_factory=dict)
 
 
 def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_names: bool, answers: bool) -> Kind:
@@ -102,6 +108,12 @@ def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_n
     return Kind.REPEAT
 
 
+def _reason(message: str) -> str:
+    """What is kept of a client's error message: where a rule is broken, Envoy quotes the whole resource before it."""
+    place = message.rfind(BROKEN_RULE)
+    return message[max(place, 0) :][:MAX_MESSAGE]
+
+
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
@@ -109,10 +121,19 @@ ResponseT = TypeVar("ResponseT")
 class Stream(ABC, Generic[RequestT, ResponseT]):
     """What both variants share: the order of sending, and what an answer means. Mutable, one for each gRPC stream."""
 
-    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "") -> None:
+    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "", only: str = "") -> None:
         self.subscriptions = subscriptions
+        self._only = only
         self._control_plane = wire.ControlPlane(identifier=identifier)
         self._nonces = 0
+
+    def _asked(self, type_url: str) -> tuple[str, Subscription | None]:
+        """The type a request is for, and its subscription; None for a type that is not served here.
+
+        "This is implicit in requests made via singleton xDS APIs such as CDS, LDS, etc. but is required for ADS."
+        """
+        type_url = type_url or self._only
+        return type_url, self.subscriptions.get(type_url) if self._only in ("", type_url) else None
 
     @abstractmethod
     def receive(self, request: RequestT) -> Received:
@@ -191,21 +212,23 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
             if sub.opened
         )
 
-    def _answer(self, type_url: str, sub: Subscription, error: wire.Status | None) -> Refusal | None:
+    def _answer(
+        self, kind: Kind, type_url: str, sub: Subscription, flight: Flight, error: wire.Status | None
+    ) -> Received:
         """Take the answer to the response in flight: an ACK, or with `error` a NACK."""
-        flight = sub.flight
-        if flight is None or error is None:
+        resources = {name: resource.version for name, resource in flight.change.update.items()}
+        if error is None:
             sub.acked()
-            return None
-        message = error.message[:MAX_MESSAGE]
+            return Received(kind, type_url, accepted=resources)
+        message = _reason(error.message)
         sub.nacked(message)
-        return Refusal(type_url, flight.version, flight.nonce, tuple(flight.change.update), message)
+        return Received(kind, type_url, Refusal(type_url, flight.version, flight.nonce, resources, message))
 
 
 class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
     """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
 
-    def __init__(self, identifier: str = "") -> None:
+    def __init__(self, identifier: str = "", only: str = "") -> None:
         subscriptions = {
             type_url: Subscription(
                 tells_absence=type_url not in BY_NAME,
@@ -214,33 +237,33 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
             )
             for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier)
+        super().__init__(subscriptions, identifier, only)
 
     def receive(self, request: wire.DiscoveryRequest) -> Received:
-        sub = self.subscriptions.get(request.type_url)
+        type_url, sub = self._asked(request.type_url)
         if sub is None:
-            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+            return Received(Kind.UNKNOWN_TYPE, type_url)
         if len(request.resource_names) > MAX_NAMES:
-            return Received(Kind.EXCESS, request.type_url)
+            return Received(Kind.EXCESS, type_url)
         names = request.resource_names
         error = request.error_detail if request.HasField("error_detail") else None
-        answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
+        flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
         kind = classify(
             sub,
             claims=bool(request.version_info),
             stale=request.response_nonce != sub.nonce,
             error=error is not None,
             new_names=sub.differs(names),
-            answers=answers,
+            answers=flight is not None,
         )
-        refusal = None
+        received = Received(kind, type_url)
         if kind in (Kind.FIRST, Kind.RECONNECT):
             sub.open(names=names, claim=request.version_info)
         elif kind is not Kind.STALE_NONCE:
-            if answers:
-                refusal = self._answer(request.type_url, sub, error)
+            if flight is not None:
+                received = self._answer(kind, type_url, sub, flight, error)
             sub.set_names(names)
-        return Received(kind, request.type_url, refusal)
+        return received
 
     def _encode(
         self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
@@ -262,37 +285,39 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
 class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse]):
     """Incremental: requests change the set of names, responses carry only what changed."""
 
-    def __init__(self, identifier: str = "") -> None:
+    def __init__(self, identifier: str = "", only: str = "") -> None:
         subscriptions = {
             type_url: Subscription(tells_absence=True, empty_is_wildcard=type_url not in BY_NAME) for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier)
+        super().__init__(subscriptions, identifier, only)
 
     def receive(self, request: wire.DeltaDiscoveryRequest) -> Received:
-        sub = self.subscriptions.get(request.type_url)
+        type_url, sub = self._asked(request.type_url)
         if sub is None:
-            return Received(Kind.UNKNOWN_TYPE, request.type_url)
+            return Received(Kind.UNKNOWN_TYPE, type_url)
         if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
-            return Received(Kind.EXCESS, request.type_url)
+            return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
-        answers = sub.flight is not None and request.response_nonce == sub.flight.nonce
+        flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
         kind = classify(
             sub,
             claims=bool(request.initial_resource_versions),
             stale=request.response_nonce not in ("", sub.nonce),
             error=error is not None,
             new_names=bool(request.resource_names_subscribe or request.resource_names_unsubscribe),
-            answers=answers,
+            answers=flight is not None,
         )
-        refusal = None
+        received = Received(kind, type_url)
         if kind in (Kind.FIRST, Kind.RECONNECT):
-            sub.open(names=request.resource_names_subscribe, held=request.initial_resource_versions)
+            held = dict(request.initial_resource_versions)
+            sub.open(names=request.resource_names_subscribe, held=held)
+            received = Received(kind, type_url, accepted=held)
         else:
-            if answers:
-                refusal = self._answer(request.type_url, sub, error)
+            if flight is not None:
+                received = self._answer(kind, type_url, sub, flight, error)
             sub.subscribe(request.resource_names_subscribe)
             sub.unsubscribe(request.resource_names_unsubscribe)
-        return Received(kind, request.type_url, refusal)
+        return received
 
     def _encode(
         self, type_url: str, change: Change, snapshot: Snapshot, nonce: str

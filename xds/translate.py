@@ -20,15 +20,17 @@ Weights = Mapping[str, Mapping[str, int]]  # cluster name -> hash key -> load_ba
 
 
 def translate(topology: Topology, options: Options, weights: Weights) -> Snapshot:
-    """Everything Envoy is to be told, but for the pool loads, which are the picker's."""
+    """Everything Envoys are to be told, but for the pool loads, which are the picker's."""
+    groups = ("", *topology.groups) if topology.groups else ()
     return Snapshot.of(
         {
-            LISTENER: [_listener(port.port, options) for port in topology.listeners],
+            LISTENER: [_listener(port, options) for port in topology.listeners],
             ROUTE: [_routes(port) for port in topology.listeners],
             CLUSTER: [_cluster(c) for c in topology.clusters]
             + [make_resource(CLUSTER, PICKER_CLUSTER, bytes(picker_cluster(options)))],
             ENDPOINT: [_endpoints(c, weights) for c in topology.clusters],
-        }
+        },
+        {group: [listener_name(p.port, p.group) for p in topology.listeners if p.group == group] for group in groups},
     )
 
 
@@ -44,18 +46,17 @@ def with_loads(snapshot: Snapshot, loads: Mapping[str, bytes]) -> Snapshot:
     return snapshot.replace({POOL_LOAD: [make_resource(POOL_LOAD, name, body) for name, body in loads.items()]})
 
 
-def _listener(port: int, options: Options) -> Resource:
-    name = listener_name(port)
-    return make_resource(
-        LISTENER, name, bytes(listener(port, options)), refs=[(ROUTE, name), (CLUSTER, PICKER_CLUSTER)]
-    )
+def _listener(port: PortListener, options: Options) -> Resource:
+    name = listener_name(port.port, port.group)
+    body = bytes(listener(port.port, port.group, options))
+    return make_resource(LISTENER, name, body, refs=[(ROUTE, name), (CLUSTER, PICKER_CLUSTER)])
 
 
 def _routes(port: PortListener) -> Resource:
     actions = [route.action for host in port.virtual_hosts for route in host.routes]
     names = {name for action in actions if isinstance(action, Forward) for name, _, _ in action.clusters if name}
     refs: list[Ref] = [(CLUSTER, name) for name in sorted(names)]
-    return make_resource(ROUTE, listener_name(port.port), bytes(route_configuration(port)), refs=refs)
+    return make_resource(ROUTE, listener_name(port.port, port.group), bytes(route_configuration(port)), refs=refs)
 
 
 def _cluster(source: Cluster) -> Resource:

@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.scrape import Scraper
 from xds.server import ManagementServer
@@ -130,6 +131,7 @@ class Gateway:
 
     async def start_server(self) -> None:
         self.server = ManagementServer(self.metrics)
+        reports = LoadReports(self.metrics)
         self.control = Control(
             self.server,
             Scraper(self.metrics, INTERVAL),
@@ -137,8 +139,9 @@ class Gateway:
             interval=INTERVAL,
             # A busy machine may stall for longer than the 0.2 s of real life; no test here hangs a picker.
             options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
+            in_flight=reports.in_flight,
         )
-        await self.server.start([f"127.0.0.1:{self.xds_port}"])
+        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
         self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
         self._stack.push_async_callback(self.stop_server)
 
@@ -147,14 +150,27 @@ class Gateway:
         await asyncio.gather(self._running, return_exceptions=True)
         await self.server.stop(0)
 
-    async def start_envoy(self, tls_sds: str | None = None) -> None:
-        path = self.scratch / "envoy.yaml"
-        admin = f"127.0.0.1:{self.admin_port}"
-        server = f"127.0.0.1:{self.xds_port}"
-        path.write_text(bootstrap.render(server, admin=admin, delta=self.delta, tls_sds=tls_sds))
-        self.envoy = Envoy(path, admin, self.scratch / f"envoy-{next(self._envoys)}.log")
-        await self._stack.enter_async_context(self.envoy)
-        await self.envoy.ready(BOUND)
+    async def start_envoy(self, tls_sds: str | None = None, edit: Callable[[str], str] = str) -> None:
+        """An Envoy with our bootstrap, as `edit` leaves it."""
+        self.envoy = await self.another_envoy(self.admin_port, tls_sds=tls_sds, edit=edit)
+
+    async def another_envoy(
+        self,
+        admin_port: int,
+        node_cluster: str = bootstrap.DEFAULT_NODE_CLUSTER,
+        tls_sds: str | None = None,
+        edit: Callable[[str], str] = str,
+    ) -> Envoy:
+        """One beside `envoy`, which stays the one the others ask."""
+        number = next(self._envoys)
+        path = self.scratch / f"envoy-{number}.yaml"
+        server, admin = f"127.0.0.1:{self.xds_port}", f"127.0.0.1:{admin_port}"
+        text = bootstrap.render(server, node_cluster=node_cluster, admin=admin, delta=self.delta, tls_sds=tls_sds)
+        path.write_text(edit(text))
+        envoy = Envoy(path, admin, self.scratch / f"envoy-{number}.log")
+        await self._stack.enter_async_context(envoy)
+        await envoy.ready(BOUND)
+        return envoy
 
     async def start_picker(self, *options: str) -> None:
         self.picker = await self._start_process(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 
 import aiohttp
 import pytest
 import structlog
 
+from bench.envoy import Envoy, free_port
 from tests.envoy.conftest import Gateway
 from xds.control import Control
 from xds.metrics import Metrics
-from xds.model import Strategy
+from xds.model import HTTPRoute, MatchType, PathMatch, RouteMatch, Strategy
+from xds.wire.load_pb2 import PoolLoad
 
 pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
 
@@ -173,6 +176,30 @@ async def test_weights_reach_envoy(gateway: Gateway, session: aiohttp.ClientSess
     assert change["waiting"] > 1
 
 
+async def test_envoy_reports_what_no_page_shows_yet(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """Requests that a pod has accepted and not begun are in flight for the management server, and for the picker, while
+    the pod's own page has none of them; they are gone when they have been answered."""
+    pod = gateway.pods[0]
+    pod.engine.config = replace(pod.engine.config, speed=pod.engine.config.step_base / 4)  # a step takes 4 s
+    for other in gateway.pods[1:]:
+        (gateway.config / f"{other.name}.yaml").unlink()
+    await gateway.until(lambda control: _endpoints(control) == 1)
+    burst = [asyncio.create_task(gateway.ask(session, gateway.llm_port, f"burst {i}")) for i in range(20)]
+    await gateway.until(lambda control: _in_flight(control) == [20])
+    (state,) = gateway.control.states()
+    assert state.load is not None
+    assert (state.load.running, state.load.waiting) == (0, 0)
+    pod.engine.config = pod.config
+    assert {status for status, _, _ in await asyncio.gather(*burst)} == {200}
+    await gateway.until(lambda control: _in_flight(control) == [0])
+
+
+def _in_flight(control: Control) -> list[int]:
+    """Of each pod of the pool, as the picker is told."""
+    load = PoolLoad.FromString(control.loads["pool/default/pool"])
+    return [endpoint.in_flight for endpoint in load.endpoints] if load.HasField("in_flight") else []
+
+
 async def test_picker_killed_in_traffic(gateway: Gateway, session: aiohttp.ClientSession) -> None:
     """The picker dies while requests run, and comes back: not one of them fails, and picking begins again."""
     await gateway.start_picker()
@@ -234,6 +261,121 @@ async def test_envoy_restarts(gateway: Gateway, session: aiohttp.ClientSession) 
     await gateway.settled()
     for port in (gateway.plain_port, gateway.llm_port):
         assert (await gateway.ask(session, port, "hello"))[0] == 200
+
+
+async def test_envoy_on_the_services_for_one_type(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """An Envoy that asks CDS and LDS by themselves, and ADS for the rest, is served and follows a change."""
+    await gateway.envoy.stop()
+    api = f"api_type: {'DELTA_GRPC' if gateway.delta else 'GRPC'}, transport_api_version: V3"
+    source = f"{{api_config_source: {{{api}, grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]}}}}"
+    await gateway.start_envoy(edit=lambda text: text.replace("{ads: {}, resource_api_version: V3}", source))
+    await gateway.settled(clients=3)
+    assert sorted([t.type for t in client.types] for client in gateway.server.clients()) == [
+        ["Cluster"],
+        ["ClusterLoadAssignment", "RouteConfiguration"],
+        ["Listener"],
+    ]
+    for port in (gateway.plain_port, gateway.llm_port):
+        assert (await gateway.ask(session, port, "hello"))[0] == 200
+    (gateway.config / "pod-3.yaml").unlink()
+    await gateway.until(lambda control: _endpoints(control) == 3)
+    assert {(await gateway.ask(session, gateway.plain_port, f"gone {turn}"))[1] for turn in range(12)} == {
+        "pod-0",
+        "pod-1",
+        "pod-2",
+    }
+
+
+async def test_a_route_that_envoy_refuses(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """A rule of Envoy that no check of ours knows: a route breaks it, past the parser. Envoy's refusal is turned into a
+    rejection of that HTTPRoute, the port's other routes follow further changes, and a new Envoy gets them all."""
+
+    def routes(*paths: str) -> tuple[HTTPRoute, ...]:
+        (plain,) = [each for each in config.http_routes if each.meta.ref.name == "plain"]
+        return tuple(
+            replace(
+                plain,
+                meta=replace(plain.meta, ref=replace(plain.meta.ref, name=f"extra-{i}")),
+                rules=(replace(plain.rules[0], matches=(RouteMatch(PathMatch(MatchType.REGEX, path)),)),),
+            )
+            for i, path in enumerate(paths)
+        )
+
+    config = gateway.control.config
+
+    async def serve(*extra: HTTPRoute) -> None:
+        await gateway.control.configure(replace(config, http_routes=(*extra, *config.http_routes)))
+
+    await serve(*routes("/a", "/b("))
+    await gateway.until(lambda control: bool(control.rejections))
+    (rejection,) = gateway.control.rejections
+    assert (rejection.reason, rejection.ref and rejection.ref.name) == ("RefusedByEnvoy", "extra-1")
+    assert "missing ): /b(" in rejection.message
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a", "/"]
+
+    await serve(*routes("/a2", "/b(", "/c"))
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/c", "/"]
+    await gateway.envoy.stop()
+    await gateway.start_envoy()
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/c", "/"]
+    assert (await gateway.ask(session, gateway.plain_port, "hello"))[0] == 200
+    assert list(gateway.control.rejections) == [rejection]
+
+    await serve(*routes("/a2", "/b", "/c"))
+    await gateway.settled()
+    assert await _paths(gateway.envoy, gateway.plain_port) == ["/a2", "/b", "/c", "/"]
+    assert not gateway.control.rejections
+
+
+async def _paths(envoy: Envoy, port: int) -> list[str]:
+    """The paths of a port's routes, as Envoy has them."""
+    dump = await envoy.get("/config_dump?resource=dynamic_route_configs")
+    (found,) = [each["route_config"] for each in dump["configs"] if each["route_config"]["name"] == f"http-{port}"]
+    matches = [route["match"] for host in found["virtual_hosts"] for route in host["routes"]]
+    return [match.get("prefix") or match["safe_regex"]["regex"] for match in matches]
+
+
+EDGE = """\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {{name: edge, annotations: {{vllm-xds/nodes: {nodes}}}}}
+spec: {{gatewayClassName: envoy, listeners: [{{name: http, protocol: HTTP, port: {port}}}]}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: edge}}
+spec:
+  parentRefs: [{{name: edge}}]
+  rules: [{{backendRefs: [{{name: qwen, port: 8000}}]}}]
+"""
+
+
+async def test_envoys_of_two_groups(gateway: Gateway, session: aiohttp.ClientSession) -> None:
+    """A Gateway for the Envoys of one node.cluster is served by them alone; moved to others, it leaves them. A Gateway
+    without the annotation is served by all."""
+    common, edge_port = {gateway.plain_port, gateway.llm_port}, free_port()
+    (gateway.config / "edge.yaml").write_text(EDGE.format(port=edge_port, nodes="edge"))
+    await gateway.until(lambda control: control.topology.groups == ("edge",))
+    edge = await gateway.another_envoy(free_port(), "edge")
+    await gateway.settled(clients=2)
+    assert await _ports(gateway.envoy) == common
+    assert await _ports(edge) == common | {edge_port}
+    assert (await gateway.ask(session, edge_port, "hello"))[0] == 200
+
+    (gateway.config / "edge.yaml").write_text(EDGE.format(port=edge_port, nodes="vllm-xds"))
+    await gateway.until(lambda control: control.topology.groups == ("vllm-xds",))
+    await gateway.settled(clients=2)
+    assert await _ports(gateway.envoy) == common | {edge_port}
+    assert await _ports(edge) == common
+
+
+async def _ports(envoy: Envoy) -> set[int]:
+    """Of the listeners that are active: one that drains is not."""
+    dump = await envoy.get("/config_dump?resource=dynamic_listeners")
+    active = [each["active_state"]["listener"] for each in dump["configs"] if "active_state" in each]
+    return {each["address"]["socket_address"]["port_value"] for each in active}
 
 
 async def test_running_answer_survives_changes(gateway: Gateway, session: aiohttp.ClientSession) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -46,12 +46,12 @@ class TlsGateway(Gateway):
         self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
         self._stack.push_async_callback(self.stop_server)
 
-    async def start_envoy(self, tls_sds: str | None = None) -> None:
+    async def start_envoy(self, tls_sds: str | None = None, edit: Callable[[str], str] = str) -> None:
         files = self.identities["envoy"].files
         self.sds.mkdir()
         for name, text in bootstrap.secrets(str(files.cert), str(files.key), str(files.ca)).items():
             (self.sds / name).write_text(text)
-        await super().start_envoy(tls_sds or str(self.sds))
+        await super().start_envoy(tls_sds or str(self.sds), edit)
 
     async def start_picker(self, *options: str) -> None:
         await super().start_picker(*self.identities["picker"].options, *options)

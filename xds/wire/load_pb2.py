@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13xds/wire/load.proto\x12\x0bvllm_xds.v1\"U\n\x08PoolLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x04\x12,\n\tendpoints\x18\x03 \x03(\x0b\x32\x19.vllm_xds.v1.EndpointLoad\"\xaf\x01\n\x0c\x45ndpointLoad\x12\x10\n\x08hash_key\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03\x61ge\x18\x03 \x01(\x01\x12\x0f\n\x07running\x18\x04 \x01(\x01\x12\x0f\n\x07waiting\x18\x05 \x01(\x01\x12\x10\n\x08kv_usage\x18\x06 \x01(\x01\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12\x14\n\x0cprefill_rate\x18\x08 \x01(\x01\x12\x12\n\nstart_time\x18\t \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13xds/wire/load.proto\x12\x0bvllm_xds.v1\"\x7f\n\x08PoolLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x04\x12,\n\tendpoints\x18\x03 \x03(\x0b\x32\x19.vllm_xds.v1.EndpointLoad\x12(\n\tin_flight\x18\x04 \x01(\x0b\x32\x15.vllm_xds.v1.InFlight\"\x17\n\x08InFlight\x12\x0b\n\x03\x61ge\x18\x01 \x01(\x01\"\xc2\x01\n\x0c\x45ndpointLoad\x12\x10\n\x08hash_key\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03\x61ge\x18\x03 \x01(\x01\x12\x0f\n\x07running\x18\x04 \x01(\x01\x12\x0f\n\x07waiting\x18\x05 \x01(\x01\x12\x10\n\x08kv_usage\x18\x06 \x01(\x01\x12\x11\n\tkv_tokens\x18\x07 \x01(\x04\x12\x14\n\x0cprefill_rate\x18\x08 \x01(\x01\x12\x12\n\nstart_time\x18\t \x01(\x01\x12\x11\n\tin_flight\x18\x14 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'xds.wire.load_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_POOLLOAD']._serialized_start=36
-  _globals['_POOLLOAD']._serialized_end=121
-  _globals['_ENDPOINTLOAD']._serialized_start=124
-  _globals['_ENDPOINTLOAD']._serialized_end=299
+  _globals['_POOLLOAD']._serialized_end=163
+  _globals['_INFLIGHT']._serialized_start=165
+  _globals['_INFLIGHT']._serialized_end=188
+  _globals['_ENDPOINTLOAD']._serialized_start=191
+  _globals['_ENDPOINTLOAD']._serialized_end=385
 # @@protoc_insertion_point(module_scope)

@@ -7,17 +7,25 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PoolLoad(_message.Message):
-    __slots__ = ("name", "round", "endpoints")
+    __slots__ = ("name", "round", "endpoints", "in_flight")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     name: str
     round: int
     endpoints: _containers.RepeatedCompositeFieldContainer[EndpointLoad]
-    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[EndpointLoad, _Mapping]]] = ...) -> None: ...
+    in_flight: InFlight
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[EndpointLoad, _Mapping]]] = ..., in_flight: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
+
+class InFlight(_message.Message):
+    __slots__ = ("age",)
+    AGE_FIELD_NUMBER: _ClassVar[int]
+    age: float
+    def __init__(self, age: _Optional[float] = ...) -> None: ...
 
 class EndpointLoad(_message.Message):
-    __slots__ = ("hash_key", "address", "age", "running", "waiting", "kv_usage", "kv_tokens", "prefill_rate", "start_time")
+    __slots__ = ("hash_key", "address", "age", "running", "waiting", "kv_usage", "kv_tokens", "prefill_rate", "start_time", "in_flight")
     HASH_KEY_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +35,7 @@ class EndpointLoad(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     hash_key: str
     address: str
     age: float
@@ -36,4 +45,5 @@ class EndpointLoad(_message.Message):
     kv_tokens: int
     prefill_rate: float
     start_time: float
-    def __init__(self, hash_key: _Optional[str] = ..., address: _Optional[str] = ..., age: _Optional[float] = ..., running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., start_time: _Optional[float] = ...) -> None: ...
+    in_flight: int
+    def __init__(self, hash_key: _Optional[str] = ..., address: _Optional[str] = ..., age: _Optional[float] = ..., running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., start_time: _Optional[float] = ..., in_flight: _Optional[int] = ...) -> None: ...

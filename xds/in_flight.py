@@ -17,6 +17,10 @@ from xds.wire import load_stats_pb2 as pb
 
 INTERVAL = 1.0  # seconds between two reports of an Envoy: half of a scrape's, at some 40 bytes an endpoint
 MAX_AGE = 5 * INTERVAL  # seconds
+MAX_REQUESTS = (
+    1_000_000  # of one Envoy to one endpoint: ten times its circuit breaker; the sum has to fit into a uint64
+)
+MAX_ENDPOINTS = 20_000  # in one report: what more it names is left out
 
 Counts = Mapping[str, Mapping[str, int]]  # cluster -> `address:port` -> requests
 
@@ -36,14 +40,17 @@ class Reported:
 def read_report(request: pb.LoadStatsRequest, prefix: str) -> Counts:
     """The counts of one report, of clusters whose names begin with `prefix`."""
     counts: dict[str, dict[str, int]] = {}
+    left = MAX_ENDPOINTS
     for cluster in request.cluster_stats:
         if cluster.cluster_name.startswith(prefix):
             of_cluster = counts.setdefault(cluster.cluster_name, {})
             for locality in cluster.upstream_locality_stats:
-                for endpoint in locality.upstream_endpoint_stats:
+                for endpoint in locality.upstream_endpoint_stats[:left]:
                     address = endpoint.address.socket_address
                     key = authority(address.address, address.port_value)
-                    of_cluster[key] = of_cluster.get(key, 0) + endpoint.total_requests_in_progress
+                    requests = of_cluster.get(key, 0) + endpoint.total_requests_in_progress
+                    of_cluster[key] = min(requests, MAX_REQUESTS)
+                left -= min(left, len(locality.upstream_endpoint_stats))
     return counts
 
 

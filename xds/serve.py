@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
     """The TLS files to serve with. ValueError with a sentence: wrong usage."""
-    ipaddress.ip_address(args.bind)
+    ipaddress.ip_address(args.bind.replace("%", " "))  # a zone is one machine's, and this is for every Envoy
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
     for address in args.picker or ():
@@ -129,6 +129,8 @@ def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
             bootstrap.split_address(address)
         elif args.picker_tls_sds:
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
+    for text in (*(args.picker or ()), args.picker_tls_sds or ""):
+        text.encode()  # what is no UTF-8 can not be sent to an Envoy: UnicodeEncodeError is a ValueError
     return tls.chosen(args, args.listen)
 
 

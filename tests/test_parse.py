@@ -424,8 +424,9 @@ def test_pod_without_address_and_deleting() -> None:
     pod = parse(document).object
     assert isinstance(pod, Pod)
     assert (pod.ip, pod.deleting) == ("", True)
-    document["status"]["podIP"] = "localhost"
-    assert _only(parse(document)).message == 'expected an IP address, found "localhost"'
+    for wrong in ("localhost", "fe80::1%a b"):
+        document["status"]["podIP"] = wrong
+        assert _only(parse(document)).message == f'expected an IP address, found "{wrong}"'
 
 
 @pytest.mark.parametrize(

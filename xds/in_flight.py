@@ -41,7 +41,7 @@ def read_report(request: pb.LoadStatsRequest, prefix: str) -> Counts:
     """The counts of one report, of clusters whose names begin with `prefix`."""
     counts: dict[str, dict[str, int]] = {}
     left = MAX_ENDPOINTS
-    for cluster in request.cluster_stats:
+    for cluster in request.cluster_stats[:MAX_ENDPOINTS]:
         if cluster.cluster_name.startswith(prefix):
             of_cluster = counts.setdefault(cluster.cluster_name, {})
             for locality in cluster.upstream_locality_stats:

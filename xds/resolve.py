@@ -12,6 +12,7 @@ backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#ht
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,10 @@ CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/ga
 
 ANY_HOST = "*"
 MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
+# Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once
+# for each match, listener and hostname, and again in each virtual host its hostname covers: few objects make millions.
+MAX_ROUTES = 50_000
+MAX_REJECTIONS = 10_000  # told of one configuration: each is a log line when it is new
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +66,51 @@ class _Attached:
     index: int
 
 
+class _Rejections:
+    """Each once, in the order they were found, up to a bound (mutable)."""
+
+    def __init__(self, rejections: Iterable[Rejection]) -> None:
+        self._found: dict[Rejection, None] = {}
+        for rejection in rejections:
+            self.append(rejection)
+
+    def append(self, rejection: Rejection) -> None:
+        if len(self._found) < MAX_REJECTIONS:
+            self._found[rejection] = None
+        elif rejection not in self._found:
+            self._found[Rejection(None, "TooMany", f"there are more than {MAX_REJECTIONS}; these are the first")] = None
+
+    def all(self) -> tuple[Rejection, ...]:
+        return tuple(self._found)
+
+
+@dataclass(slots=True)
+class _Room:
+    """How many routes there may be yet; mutable."""
+
+    routes: int
+
+
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
-    rejections = list(unserved_targets(config))
+    rejections = _Rejections(unserved_targets(config))
     gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
     groups = _groups(gateways, rejections)
     backends = Backends(config)
     actions = _Actions(config, backends, rejections)
+    room = _Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
-        listeners += _ports(group, members, config, actions, rejections)
+        listeners += _ports(group, members, config, actions, rejections, room)
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(tuple(listeners), clusters, tuple(dict.fromkeys(rejections)), groups)
+    return Topology(tuple(listeners), clusters, rejections.all(), groups)
 
 
 # --- gateways and listeners -------------------------------------------------------------------------------------------
 
 
-def _groups(gateways: list[Gateway], rejections: list[Rejection]) -> tuple[str, ...]:
+def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]:
     """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
     names = sorted({name for gateway in gateways for name in gateway.groups})
     for gateway in gateways:
@@ -91,24 +122,28 @@ def _groups(gateways: list[Gateway], rejections: list[Rejection]) -> tuple[str, 
 
 
 def _ports(
-    group: str, gateways: list[Gateway], config: Config, actions: _Actions, rejections: list[Rejection]
+    group: str, gateways: list[Gateway], config: Config, actions: _Actions, rejections: _Rejections, room: _Room
 ) -> Iterator[PortListener]:
     """The ports of one group of Envoys."""
     listeners = list(_distinct_listeners(gateways, rejections))
-    ports: dict[int, list[Listener]] = {}
-    for _, listener in listeners:
-        ports.setdefault(listener.port, []).append(listener)
-    attached: dict[int, list[_Attached]] = {port: [] for port in ports}
-    for route in config.http_routes:
-        for each in _attach(route, listeners, ports, config, rejections):
-            attached[each.listener.port].append(each)
-    for port in sorted(ports):
-        hosts = _virtual_hosts(ports[port], attached[port], actions)
-        owners = {gateway.meta.ref: None for gateway, listener in listeners if listener.port == port}
-        yield PortListener(port, tuple(hosts), group, tuple(owners))
+    by_gateway: defaultdict[ObjectRef, list[tuple[Gateway, Listener]]] = defaultdict(list)
+    by_port: defaultdict[int, list[tuple[Gateway, Listener]]] = defaultdict(list)
+    for gateway, listener in listeners:
+        by_gateway[gateway.meta.ref].append((gateway, listener))
+        by_port[listener.port].append((gateway, listener))
+    ports = {number: _Port(listener for _, listener in by_port[number]) for number in sorted(by_port)}
+    known = {gateway.meta.ref for gateway in config.gateways}
+    for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
+        for each in _attach(route, by_gateway, ports, known, rejections):
+            if not ports[each.listener.port].add(each, room):
+                message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
+                rejections.append(_about(each.route, "TooManyRoutes", message, f"spec.rules[{each.index}]"))
+    for number, port in ports.items():
+        owners = {gateway.meta.ref: None for gateway, _ in by_port[number]}
+        yield PortListener(number, tuple(_virtual_hosts(port, actions)), group, tuple(owners))
 
 
-def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:
+def _our_gateways(config: Config, controllers: frozenset[str], rejections: _Rejections) -> Iterator[Gateway]:
     classes = {c.meta.ref.name: c.controller_name for c in config.gateway_classes}
     for gateway in config.gateways:
         controller = classes.get(gateway.class_name)
@@ -122,7 +157,7 @@ def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[
             rejections.append(_about(gateway, "OtherController", message, "spec.gatewayClassName", Level.WARNING))
 
 
-def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) -> Iterator[tuple[Gateway, Listener]]:
+def _distinct_listeners(gateways: list[Gateway], rejections: _Rejections) -> Iterator[tuple[Gateway, Listener]]:
     """Listeners in order of age; one that repeats an older one's port and hostname is left out (HostnameConflict)."""
     taken: dict[tuple[int, str], str] = {}
     for gateway in gateways:
@@ -142,22 +177,21 @@ def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) ->
 
 def _attach(
     route: HTTPRoute,
-    listeners: list[tuple[Gateway, Listener]],
-    ports: Mapping[int, list[Listener]],
-    config: Config,
-    rejections: list[Rejection],
+    listeners: Mapping[ObjectRef, list[tuple[Gateway, Listener]]],
+    ports: Mapping[int, _Port],
+    known: set[ObjectRef],
+    rejections: _Rejections,
 ) -> Iterator[_Attached]:
-    known = {g.meta.ref for g in config.gateways}
-    ours = {g.meta.ref for g, _ in listeners}
+    """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too."""
     for i, parent in enumerate(route.parents):
         where = f"spec.parentRefs[{i}]"
         is_gateway = (parent.ref.group, parent.ref.kind) == (GATEWAY, "Gateway")
-        if not is_gateway or (parent.ref in known and parent.ref not in ours):
+        if not is_gateway or (parent.ref in known and parent.ref not in listeners):
             continue  # another controller's, or rejected as a Gateway already
         if parent.ref not in known:
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
             continue
-        named = [pair for pair in listeners if pair[0].meta.ref == parent.ref and _named(parent, pair[1])]
+        named = [pair for pair in listeners[parent.ref] if _named(parent, pair[1])]
         allowed = [pair for pair in named if _allows(pair[0], pair[1], route)]
         reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
         if not named:
@@ -172,7 +206,7 @@ def _attach(
             rejections.append(_about(route, "NoMatchingListenerHostname", message, "spec.hostnames"))
         for (gateway, listener), host in reached:
             # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
-            if _most_specific(ports[listener.port], host) is listener:
+            if ports[listener.port].owner(host) is listener:
                 for index, rule in enumerate(route.rules):
                     yield _Attached(host, listener, gateway, route, rule, index)
 
@@ -219,29 +253,79 @@ def _specificity(hostname: str) -> tuple[bool, int]:
     return (not hostname.startswith("*"), len(hostname))
 
 
-def _most_specific(listeners: Iterable[Listener], hostname: str) -> Listener:
-    """Of the listeners of one port, the one that takes the requests for `hostname`; one of them has to cover it."""
-    covering = [listener for listener in listeners if _covers(listener.hostname or ANY_HOST, hostname)]
-    return max(covering, key=lambda listener: _specificity(listener.hostname or ANY_HOST))
+def _wider(hostname: str) -> Iterator[str]:
+    """The hostname and each that covers it, the most specific first."""
+    yield hostname
+    labels = hostname.removeprefix("*.").split(".")
+    for i in range(1, len(labels)):
+        yield "*." + ".".join(labels[i:])
+    if hostname != ANY_HOST:
+        yield ANY_HOST
+
+
+class _Port:
+    """The listeners of one port, whose hostnames differ, and the rules that are attached to them (mutable)."""
+
+    def __init__(self, listeners: Iterable[Listener]) -> None:
+        self._listeners = {listener.hostname or ANY_HOST: listener for listener in listeners}
+        self.hostnames: set[str] = set()
+        self._rules: defaultdict[str, list[_Attached]] = defaultdict(list)
+        self._matches: Counter[str] = Counter()  # of the rules of a hostname
+        self._covered: Counter[str] = Counter()  # virtual hosts that have the rules of a hostname
+        for hostname in self._listeners.keys() - {ANY_HOST}:
+            self._appear(hostname)
+
+    def owner(self, hostname: str) -> Listener:
+        """The most specific listener, which takes the requests for `hostname`; one of them has to cover it."""
+        return next(self._listeners[wide] for wide in _wider(hostname) if wide in self._listeners)
+
+    def add(self, attached: _Attached, room: _Room) -> bool:
+        """Attach a rule, if there is room for the routes that adds: its own, and those its hostname takes from wider."""
+        hostname, matches = attached.hostname, len(attached.rule.matches)
+        is_new = hostname not in self.hostnames
+        added = matches * (self._covered[hostname] + is_new)
+        if is_new:
+            added += sum(self._matches[wide] for wide in self._served_by(hostname))
+        if added > room.routes:
+            return False
+        room.routes -= added
+        if is_new:
+            self._appear(hostname)
+        self._matches[hostname] += matches
+        self._rules[hostname].append(attached)
+        return True
+
+    def rules(self, hostname: str) -> Iterator[_Attached]:
+        """Those of the hostname, and of every wider one of its listener."""
+        for wide in self._served_by(hostname):
+            yield from self._rules.get(wide, ())
+
+    def _appear(self, hostname: str) -> None:
+        self.hostnames.add(hostname)
+        for wide in self._served_by(hostname):
+            self._covered[wide] += 1
+
+    def _served_by(self, hostname: str) -> Iterator[str]:
+        for wide in _wider(hostname):
+            yield wide
+            if wide in self._listeners:
+                return
 
 
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
 
 
-def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
+def _virtual_hosts(port: _Port, actions: _Actions) -> Iterator[VirtualHost]:
     """One for each hostname of a port; it also holds the rules of every wider hostname of its listener, after its own.
 
     Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
     matches go on to the less specific one, but never to another listener: a listener's own hostname has a virtual host
     even where no route has it, which answers 404 instead of a wider listener.
     """
-    hostnames = {a.hostname for a in attached} | {listener.hostname for listener in listeners if listener.hostname}
-    for hostname in sorted(hostnames):
-        owner = _most_specific(listeners, hostname)
+    for hostname in sorted(port.hostnames):
         candidates = [
             (_specificity(a.hostname), a, match, j)
-            for a in attached
-            if a.listener is owner and _covers(a.hostname, hostname)
+            for a in port.rules(hostname)
             for j, match in enumerate(a.rule.matches)
         ]
         candidates.sort(key=lambda c: _precedence(*c))
@@ -283,7 +367,7 @@ def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, 
 class _Actions:
     """What a rule does with a request; each rule is decided once for each listener it is attached to."""
 
-    def __init__(self, config: Config, backends: Backends, rejections: list[Rejection]) -> None:
+    def __init__(self, config: Config, backends: Backends, rejections: _Rejections) -> None:
         self._backends = backends
         self._rejections = rejections
         self._policies: dict[tuple[ObjectRef, str], BackendTrafficPolicy] = {}

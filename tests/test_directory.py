@@ -127,7 +127,9 @@ def test_file_name_that_cannot_be_printed(tmp_path: Path, name: bytes, shown: st
     assert document.source == f"{shown}:1"
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_FILES", 1), ("MAX_FILE_SIZE", 90), ("MAX_TOTAL_SIZE", 100)])
+@pytest.mark.parametrize(
+    ("limit", "value"), [("MAX_FILES", 1), ("MAX_FILE_SIZE", 90), ("MAX_TOTAL_SIZE", 100), ("MAX_DOCUMENTS", 1)]
+)
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     """What is beyond a limit is unreadable, so that its objects stay, and is named; what is within is read."""
     (tmp_path / "a.yaml").write_text(_pod("a"))
@@ -137,6 +139,13 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, val
     assert _names(reading) == ["a"]
     assert reading.unreadable == {"b.yaml"}
     assert "limits" in reading.rejections[0].message
+
+
+def test_a_file_is_as_large_as_what_is_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size its directory gives: a file that grows meanwhile, or one of /proc, has no end."""
+    (tmp_path / "a.yaml").symlink_to("/proc/self/status")  # size 0, some hundred bytes
+    monkeypatch.setattr(directory_module, "MAX_FILE_SIZE", 100)
+    assert read(tmp_path).unreadable == {"a.yaml"}
 
 
 @pytest.mark.parametrize("name", ["missing", "file"])

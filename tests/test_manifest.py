@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from xds.manifest import MAX_DEPTH, BadDocument, Document, expand, read_json, read_yaml
+from xds.manifest import MAX_DEPTH, MAX_NODES, BadDocument, Document, expand, read_json, read_yaml
 
 
 def _one(text: str) -> Any:
@@ -125,6 +125,7 @@ def test_json() -> None:
     assert read_json('{"a": 1, "a": 2}') == BadDocument(1, "a mapping has one key twice")
     assert isinstance(read_json("[" * 100_000), BadDocument)
     assert isinstance(read_json("9" * 5000), BadDocument)
+    assert read_json(f"[{'1,' * MAX_NODES}1]") == BadDocument(1, f"more than {MAX_NODES} values")
 
 
 def test_expand() -> None:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from watchfiles import awatch
@@ -26,6 +27,8 @@ SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILES = 10_000  # one for each object of a large cluster
 MAX_FILE_SIZE = 16 * 2**20  # bytes; 1,000 pods with all their fields, as `kubectl get -o yaml` has them, are 8 MiB
 MAX_TOTAL_SIZE = 64 * 2**20  # bytes of all files: some seconds of reading
+MAX_DOCUMENTS = 50_000  # of all files, items of a List and empty ones included: those sizes hold millions of tiny ones
+LIMITS = f"{MAX_FILES} files, {MAX_FILE_SIZE} bytes in one, {MAX_TOTAL_SIZE} bytes and {MAX_DOCUMENTS} documents in all"
 DEBOUNCE = 100  # ms of quiet after a change: an editor or `git checkout` writes several files
 # ms between looks without a notification: network file systems give none, nor does a directory put in another's place.
 RECHECK = 1000
@@ -47,7 +50,7 @@ def read(directory: Path) -> Reading:
             room = min(left, MAX_FILE_SIZE) if i < MAX_FILES else -1
             data = _load(directory / path, status, room)
             left -= len(data)
-            text = data.decode("utf-8-sig")
+            found = _within(read_documents(name, data.decode("utf-8-sig")), MAX_DOCUMENTS - len(documents))
         except OSError as error:
             unreadable.add(name)
             rejections.append(Rejection(None, "Unreadable", error.strerror or str(error), source=name))
@@ -56,7 +59,7 @@ def read(directory: Path) -> Reading:
             line = error.object.count(b"\n", 0, error.start) + 1
             rejections.append(Rejection(None, "InvalidYAML", f"not UTF-8: {error.reason}", source=f"{name}:{line}"))
         else:
-            documents += read_documents(name, text)
+            documents += found
     return Reading(tuple(documents), tuple(rejections), frozenset(unreadable))
 
 
@@ -133,9 +136,19 @@ def _load(path: Path, status: os.stat_result | OSError, room: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise OSError("not a regular file")
     if status.st_size > room:
-        limits = f"{MAX_FILES} files, {MAX_FILE_SIZE} bytes in one, {MAX_TOTAL_SIZE} bytes in all"
-        raise OSError(f"beyond the limits of a directory: {limits}")
-    return path.read_bytes()
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    with path.open("rb") as file:
+        data = file.read(room + 1)
+    if len(data) > room:  # it has grown, or is no real file: those of /proc have size 0
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    return data
+
+
+def _within(documents: Iterator[Parsed], room: int) -> list[Parsed]:
+    found = list(islice(documents, room + 1))
+    if len(found) > room:
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    return found
 
 
 def _scan(directory: Path) -> dict[str, os.stat_result | OSError]:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 import yaml
 
@@ -49,15 +50,17 @@ class BadDocument:
 
 def read_yaml(text: str) -> Iterator[Document | BadDocument]:
     """The documents of a YAML file; one that is empty or only comments has the value None."""
-    starts = [0, *(match.start() for match in _DOCUMENT.finditer(text))]
+    marks = (match.start() for match in _DOCUMENT.finditer(text))
     line = 1
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for start, end in pairwise(chain([0], marks, [len(text)])):
         yield _read_document(_DIRECTIVE.sub("", text[start:end]), line)
         line += text.count("\n", start, end)
 
 
 def read_json(text: str) -> Document | BadDocument:
     """The one document of a JSON file."""
+    if sum(map(text.count, ",[{")) > MAX_NODES:  # at least as many as there are values, before any is made
+        return BadDocument(1, f"more than {MAX_NODES} values")
     try:
         return Document(json.loads(text, object_pairs_hook=_unique), 1)
     except json.JSONDecodeError as error:

@@ -27,7 +27,7 @@ from xds.model import (
     SliceEndpoint,
     Strategy,
 )
-from xds.parse import MAX_UNKNOWN, Parsed, parse
+from xds.parse import MAX_NOTES, MAX_UNKNOWN, Parsed, parse
 
 # One valid object of every kind, with every field that is read; the mutation test changes them.
 OBJECTS: list[Any] = list(
@@ -464,6 +464,19 @@ def test_not_a_duration(text: object) -> None:
     document = _object("BackendTrafficPolicy")
     document["spec"]["timeout"]["http"]["requestTimeout"] = text
     assert _only(parse(document)).field == "spec.timeout.http.requestTimeout"
+
+
+def test_rejections_of_one_object_are_bounded() -> None:
+    """Of hundreds the first are told, and the one that costs the object."""
+    document = _object("HTTPRoute")
+    filters = [{"type": "CORS"}] * 16
+    rule = {"backendRefs": [{"name": "s", "port": 1, "filters": filters}] * 16}
+    document["spec"]["rules"] = [rule] * 8 + [{"matches": 3}]
+    parsed = parse(document)
+    assert len(parsed.rejections) == MAX_NOTES
+    assert parsed.object is None
+    assert parsed.rejections[0].field == "spec.rules[0].backendRefs[0].filters[0].type"
+    assert parsed.rejections[-1].field == "spec.rules[8].matches"
 
 
 # --- nothing raises ---------------------------------------------------------------------------------------------------

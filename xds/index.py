@@ -34,6 +34,9 @@ from xds.model import (
 )
 from xds.parse import Parsed
 
+MAX_REJECTIONS = 10_000  # told of one configuration: each is a log line when it is new
+TOO_MANY = Rejection(None, "TooMany", f"there are more than {MAX_REJECTIONS} rejections; the first of them are told")
+
 T = TypeVar("T")
 
 
@@ -100,8 +103,12 @@ class Index:
             pods=_of(Pod, ordered),
             pools=_of(InferencePool, ordered),
             models=models,
-            rejections=tuple(sorted([*self.rejections, *conflicts], key=_order)),
+            rejections=_first(sorted([*self.rejections, *conflicts], key=_order)),
         )
+
+
+def _first(rejections: list[Rejection]) -> tuple[Rejection, ...]:
+    return tuple(rejections if len(rejections) <= MAX_REJECTIONS else [*rejections[:MAX_REJECTIONS], TOO_MANY])
 
 
 def _of(kind: type[T], objects: Iterable[object]) -> tuple[T, ...]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from xds.backends import Backends, unserved_targets
+from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
     GATEWAY,
     BackendTrafficPolicy,
@@ -51,7 +52,6 @@ MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each 
 # Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once
 # for each match, listener and hostname, and again in each virtual host its hostname covers: few objects make millions.
 MAX_ROUTES = 50_000
-MAX_REJECTIONS = 10_000  # told of one configuration: each is a log line when it is new
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class _Rejections:
         if len(self._found) < MAX_REJECTIONS:
             self._found[rejection] = None
         elif rejection not in self._found:
-            self._found[Rejection(None, "TooMany", f"there are more than {MAX_REJECTIONS}; these are the first")] = None
+            self._found[TOO_MANY] = None
 
     def all(self) -> tuple[Rejection, ...]:
         return tuple(self._found)
@@ -113,9 +113,10 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
 def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]:
     """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
     names = sorted({name for gateway in gateways for name in gateway.groups})
+    beyond = set(names[MAX_GROUPS:])
     for gateway in gateways:
         for name in gateway.groups:
-            if name in names[MAX_GROUPS:]:
+            if name in beyond:
                 message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
                 rejections.append(_about(gateway, "TooManyGroups", message, "metadata.annotations"))
     return tuple(names[:MAX_GROUPS])
@@ -280,7 +281,7 @@ class _Port:
         return next(self._listeners[wide] for wide in _wider(hostname) if wide in self._listeners)
 
     def add(self, attached: _Attached, room: _Room) -> bool:
-        """Attach a rule, if there is room for the routes that adds: its own, and those its hostname takes from wider."""
+        """Attach a rule, if there is room for the routes that adds: its own, and those its hostname inherits."""
         hostname, matches = attached.hostname, len(attached.rule.matches)
         is_new = hostname not in self.hostnames
         added = matches * (self._covered[hostname] + is_new)

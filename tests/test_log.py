@@ -76,12 +76,12 @@ def test_a_traceback_has_no_variables(fmt: str) -> None:
         return int(f"{prompt[:0]}boom")
 
     try:
-        read("-".join(("a", "secret")))
+        read("tercesa"[::-1])
     except ValueError:
         structlog.get_logger().exception("task failed")
     assert "boom" in stream.getvalue()
     assert "in read" in stream.getvalue() or '"name": "read"' in stream.getvalue()
-    assert "a-secret" not in stream.getvalue()
+    assert "asecret" not in stream.getvalue()
 
 
 def test_an_exception_is_part_of_the_object() -> None:

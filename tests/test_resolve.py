@@ -605,7 +605,7 @@ def test_routes_on_a_wide_and_a_narrow_hostname_of_one_route() -> None:
 
 
 def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hostname takes the rules of the wider ones with it: what is beyond MAX_ROUTES is named, what was before stays."""
+    """A hostname takes the rules of wider ones with it: what is beyond MAX_ROUTES is named, what was before stays."""
     old, new = "2025-01-01T00:00:00Z", "2025-01-02T00:00:00Z"
     wide = route(rule(matches=[exact("/a"), exact("/b")]), name="wide", created=old)
     narrow = [route(name=name, hostnames=[f"{name}.io"], created=new) for name in "abc"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resource, make_resource
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, Resource, make_resource
 from xds.wire import discovery_pb2 as wire
 
 # The services of Envoy's protos and their methods, SotW and delta: written out, not taken from the server under test.
@@ -20,6 +20,7 @@ OF_TYPE = {
     ENDPOINT: "envoy.service.endpoint.v3.EndpointDiscoveryService",
     LISTENER: "envoy.service.listener.v3.ListenerDiscoveryService",
     ROUTE: "envoy.service.route.v3.RouteDiscoveryService",
+    SECRET: "envoy.service.secret.v3.SecretDiscoveryService",
 }
 METHODS = {
     ADS: ("StreamAggregatedResources", "DeltaAggregatedResources"),
@@ -27,6 +28,7 @@ METHODS = {
     OF_TYPE[ENDPOINT]: ("StreamEndpoints", "DeltaEndpoints"),
     OF_TYPE[LISTENER]: ("StreamListeners", "DeltaListeners"),
     OF_TYPE[ROUTE]: ("StreamRoutes", "DeltaRoutes"),
+    OF_TYPE[SECRET]: ("StreamSecrets", "DeltaSecrets"),
 }
 FULL_STATE = (LISTENER, CLUSTER)  # what SotW sends as a whole
 

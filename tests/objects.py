@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tests.tls_files import CERTS
 from xds.index import Index
 from xds.model import (
     CORE,
@@ -34,6 +35,7 @@ from xds.model import (
     ReferenceGrant,
     RouteMatch,
     RouteRule,
+    Secret,
     Service,
     ServicePort,
     SliceEndpoint,
@@ -48,6 +50,7 @@ GROUPS = {
     "BackendTrafficPolicy": ENVOY_GATEWAY,
     "Service": CORE,
     "Pod": CORE,
+    "Secret": CORE,
     "EndpointSlice": DISCOVERY,
     "InferencePool": INFERENCE,
     "InferenceModel": INFERENCE_X,
@@ -75,8 +78,13 @@ def gateway_class(name: str = "envoy", controller: str = CONTROLLER_NAMES[0]) ->
     return GatewayClass(meta("GatewayClass", name, ""), controller)
 
 
-def listener(name: str = "http", port: int = 8080, hostname: str = "", **allowed: Any) -> Listener:
-    return Listener(name, port, "HTTP", hostname, AllowedRoutes(**allowed))
+def listener(
+    name: str = "http", port: int = 8080, hostname: str = "", certificates: Sequence[str] = (), **allowed: Any
+) -> Listener:
+    """HTTPS if there are certificates: names of Secrets, of another namespace as `namespace/name`."""
+    refs = tuple(ref("Secret", each.rpartition("/")[2], each.rpartition("/")[0] or "default") for each in certificates)
+    field = "spec.listeners[0].tls.certificateRefs" if refs else ""
+    return Listener(name, port, "HTTPS" if refs else "HTTP", hostname, AllowedRoutes(**allowed), refs, field)
 
 
 def gateway(
@@ -129,13 +137,21 @@ def rule(*backends: BackendRef, matches: Sequence[RouteMatch] = (prefix(),), **k
     return RouteRule(tuple(matches), backends=backends, **kw)
 
 
-def grant(source_namespace: str, namespace: str, kind: str = "Service", name: str = "") -> ReferenceGrant:
-    source = (GATEWAY, "HTTPRoute", source_namespace)
-    return ReferenceGrant(meta("ReferenceGrant", "grant", namespace), (source,), ((GROUPS[kind], kind, name),))
+def grant(
+    source_namespace: str, namespace: str, kind: str = "Service", name: str = "", source: str = "HTTPRoute"
+) -> ReferenceGrant:
+    referrer = (GATEWAY, source, source_namespace)
+    return ReferenceGrant(meta("ReferenceGrant", "grant", namespace), (referrer,), ((GROUPS[kind], kind, name),))
 
 
 def policy(*targets: tuple[ObjectRef, str], name: str = "policy", created: str = "", **kw: Any) -> BackendTrafficPolicy:
     return BackendTrafficPolicy(meta("BackendTrafficPolicy", name, created=created), targets, **kw)
+
+
+def secret(name: str = "cert", of: str = "first", namespace: str = "default") -> Secret:
+    """A Secret with one of the certificates in tests/certs."""
+    pair = (CERTS / f"{of}.pem").read_bytes(), (CERTS / f"{of}.key").read_bytes()
+    return Secret(meta("Secret", name, namespace), *pair)
 
 
 # --- backends ---

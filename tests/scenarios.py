@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, Snapshot
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, Snapshot
 
 
 class Link(ABC):
@@ -68,8 +68,8 @@ class Link(ABC):
 
 
 def snapshot(**revisions: Mapping[str, str]) -> Snapshot:
-    """Build a snapshot from `cds=`, `eds=`, `lds=`, `rds=`: name -> revision. A cluster refers to its endpoints."""
-    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE}
+    """A snapshot of `cds=`, `eds=`, `lds=`, `rds=`, `sds=`: name -> revision. A cluster refers to its endpoints."""
+    types = {"cds": CLUSTER, "eds": ENDPOINT, "lds": LISTENER, "rds": ROUTE, "sds": SECRET}
     return Snapshot.of(
         {
             types[kind]: [
@@ -475,10 +475,22 @@ async def weights_wait_for_nothing(link: Link) -> None:
     await link.quiet()
 
 
+async def secrets_follow_their_content(link: Link) -> None:
+    """A secret is sent by name, again when it changes, and told to be gone where the variant can say so."""
+    await link.publish(snapshot(sds={"s": "1", "t": "1"}))
+    await link.send(link.peer.subscribe(SECRET, "s"))
+    await link.expect(SECRET, {"s": "1"})
+    await link.publish(snapshot(sds={"s": "2", "t": "2"}))
+    await link.expect(SECRET, {"s": "2"})
+    await link.publish(snapshot(sds={"t": "2"}))
+    await link.expect_removed(SECRET, "s")
+    await link.quiet()
+
+
 async def unknown_type_is_ignored(link: Link) -> None:
     """A type this server does not serve gets no answer and does no harm."""
     await link.publish(snapshot(cds={"a": "1"}))
-    await link.send(link.peer.subscribe("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret", "s"))
+    await link.send(link.peer.subscribe("type.googleapis.com/envoy.service.runtime.v3.Runtime", "s"))
     await link.quiet()
     await link.send(link.peer.subscribe(CLUSTER))
     await link.expect(CLUSTER, {"a": "1"})
@@ -513,6 +525,7 @@ SCENARIOS: tuple[Callable[[Link], Awaitable[None]], ...] = (
     refused_route_keeps_its_clusters,
     refused_route_taken_back,
     weights_wait_for_nothing,
+    secrets_follow_their_content,
     unknown_type_is_ignored,
 )
 
@@ -540,6 +553,7 @@ OF_ONE_TYPE: tuple[tuple[Callable[[Link], Awaitable[None]], str], ...] = (
     (names_one_after_another, ENDPOINT),
     (unsubscribed_names_are_silent, ENDPOINT),
     (dropped_and_wanted_again_in_one_breath, ENDPOINT),
+    (secrets_follow_their_content, SECRET),
     (stale_nonce, ENDPOINT),
     (bad_one_among_good_ones, ENDPOINT),
     (refused_at_start, CLUSTER),

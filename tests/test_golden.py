@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import Secret
 
 import bootstrap
 from bench.envoy import find_envoy
 from tests.goldens import CASES, OUTPUTS, ROOT, build, decoded, golden_files, outputs
+from xds.snapshot import SECRET
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -33,19 +35,24 @@ def test_bootstrap_in_the_tree_is_what_the_command_prints() -> None:
 
 
 def _static(name: str) -> dict[str, Any]:
-    """The case as a static configuration: routes inside their listener, endpoints inside their cluster."""
+    """The case as a static configuration: routes inside their listener, endpoints inside their cluster, and secrets."""
     snapshot, _ = build(CASES[name])
     listeners, routes, clusters, endpoints = (decoded(snapshot, *OUTPUTS[file]) for file in OUTPUTS)
     by_name = {route["name"]: route for route in routes}
-    for listener in listeners:
-        for filter_ in listener["filter_chains"][0]["filters"]:
+    for chain in (chain for listener in listeners for chain in listener["filter_chains"]):
+        for filter_ in chain["filters"]:
             rds = filter_["typed_config"].pop("rds")
             filter_["typed_config"]["route_config"] = by_name[rds["route_config_name"]] | {"validate_clusters": False}
+        if "transport_socket" in chain:
+            context = chain["transport_socket"]["typed_config"]["common_tls_context"]
+            for secret in context["tls_certificate_sds_secret_configs"]:
+                del secret["sds_config"]  # then it is a static one
+    secrets = decoded(snapshot, SECRET, Secret)
     assignments = {assignment["cluster_name"]: assignment for assignment in endpoints}
     for cluster in clusters:
         if cluster.pop("eds_cluster_config", None):
             cluster |= {"type": "STATIC", "load_assignment": assignments[cluster["name"]]}
-    return {"static_resources": {"listeners": listeners, "clusters": clusters}}
+    return {"static_resources": {"listeners": listeners, "clusters": clusters, "secrets": secrets}}
 
 
 @pytest.mark.envoy

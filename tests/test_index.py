@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tls_files import CERTS
 from xds.index import Index, Reading
 from xds.model import INFERENCE_X, Config, Criticality, InferenceModel, Level, Meta, ObjectRef, Pod, Rejection
 from xds.parse import Parsed, parse
@@ -161,6 +162,12 @@ def test_every_kind_reaches_its_field() -> None:
         {"apiVersion": "v1", "kind": "Service", "spec": {}},
         {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"},
         {"apiVersion": "v1", "kind": "Pod"},
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "kubernetes.io/tls",
+            "stringData": {"tls.crt": (CERTS / "first.pem").read_text(), "tls.key": (CERTS / "first.key").read_text()},
+        },
         {"apiVersion": inference, "kind": "InferencePool", "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}},
         {"apiVersion": inference, "kind": "InferenceModel", "spec": {"modelName": "m", "poolRef": {"name": "x"}}},
     ]

@@ -98,7 +98,59 @@ def test_listeners() -> None:
     )
 
 
-@pytest.mark.parametrize("protocol", ["HTTPS", "TLS", "TCP", "UDP", "example.com/mine"])
+CERTIFICATE = {"name": "cert"}
+
+
+def _https(of_listener: Any, **spec: Any) -> Parsed:
+    """A Gateway with an HTTPS listener and an HTTP one behind it."""
+    listeners = [
+        {"name": "a", "port": 443, "protocol": "HTTPS", "hostname": "a.io", "tls": of_listener},
+        {"name": "b", "port": 80, "protocol": "HTTP"},
+    ]
+    return _parse(f"{GATEWAY}/v1", "Gateway", {"gatewayClassName": "c", "listeners": listeners, **spec})
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "Terminate"}])
+def test_https_listener(mode: dict[str, str]) -> None:
+    """Its certificates are Secrets, of the Gateway's namespace unless they name another."""
+    refs = [
+        CERTIFICATE,
+        {"group": "", "kind": "Secret", "name": "other", "namespace": "there"},
+        {"kind": "X", "name": "x"},
+    ]
+    parsed = _https({**mode, "certificateRefs": refs, "options": {"a.io/b": "c"}})
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    (first, _) = parsed.object.listeners
+    assert (first.protocol, first.hostname, first.field) == ("HTTPS", "a.io", "spec.listeners[0].tls.certificateRefs")
+    assert first.certificates == (
+        ObjectRef(CORE, "Secret", "default", "cert"),
+        ObjectRef(CORE, "Secret", "there", "other"),
+        ObjectRef(CORE, "X", "default", "x"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tls", "field", "spec"),
+    [
+        ({"mode": "Passthrough"}, "mode", {}),
+        ({}, "certificateRefs", {}),
+        ({"options": {"a.io/b": "c"}}, "certificateRefs", {}),
+        ({"certificateRefs": [CERTIFICATE], "frontendValidation": {}}, "frontendValidation", {}),
+        ({"certificateRefs": [CERTIFICATE]}, "frontendValidation", {"tls": {"frontend": {"default": {}}}}),
+    ],
+)
+def test_tls_that_is_not_served_costs_its_listener(tls: Any, field: str, spec: Any) -> None:
+    """Passthrough, no certificate, and above all a listener that would let in clients without a certificate."""
+    parsed = _https(tls, **spec)
+    assert isinstance(parsed.object, Gateway)
+    assert [each.name for each in parsed.object.listeners] == ["b"]
+    rejection = next(each for each in parsed.rejections if each.level is Level.ERROR)
+    assert rejection.field == f"spec.listeners[0].tls.{field}"
+    assert "listener a is not served" in rejection.message
+
+
+@pytest.mark.parametrize("protocol", ["TLS", "TCP", "UDP", "example.com/mine"])
 def test_unsupported_protocol_costs_its_listener_only(protocol: str) -> None:
     """The other listeners of the Gateway are served, and the lost one is named."""
     parsed = _gateway(

@@ -26,6 +26,7 @@ from tests.objects import (
     ref,
     route,
     rule,
+    secret,
     service,
 )
 from xds.model import (
@@ -76,6 +77,94 @@ def reasons(topology: Topology) -> list[str]:
 def only_route(topology: Topology) -> Route:
     (found,) = [r for li in topology.listeners for host in li.virtual_hosts for r in host.routes]
     return found
+
+
+# --- HTTPS ---
+
+
+def chains(topology: Topology, port: int = 443) -> dict[str, dict[str, list[str]]]:
+    """Server name -> hostname -> the names of its routes, of a port of HTTPS."""
+    (found,) = [li for li in topology.listeners if li.port == port]
+    assert found.virtual_hosts == ()
+    return {
+        c.hostname: {host.hostname: [r.name for r in host.routes] for host in c.virtual_hosts} for c in found.chains
+    }
+
+
+def test_https_has_a_chain_for_each_listener() -> None:
+    """By server name, each with its own routes alone; what belongs to another of them is misdirected there. Its Secrets
+    are those of the Topology, each once."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", ["one"]),
+            listener("b", 443, "*.io", ["one", "two"]),
+            listener("c", 443, certificates=["two"]),
+            listener("d", 80),
+        ),
+        *(secret(name) for name in ("one", "two", "unused")),
+        route(rule(), hostnames=["a.io", "b.io", "c.com"]),
+    )
+    name = "default/route/0/0"
+    assert chains(topology) == {
+        "*": {"*.io": ["misdirected"], "a.io": ["misdirected"], "c.com": [name]},
+        "*.io": {"*.io": [], "a.io": ["misdirected"], "b.io": [name]},
+        "a.io": {"a.io": [name]},
+    }
+    assert [each.meta.ref.name for each in topology.secrets] == ["one", "two"]
+    assert topology.rejections == ()
+    (https,) = [li for li in topology.listeners if li.port == 443]
+    assert [[ref.name for ref in chain.certificates] for chain in https.chains] == [["two"], ["one", "two"], ["one"]]
+
+
+@pytest.mark.parametrize(
+    ("certificate", "reason"),
+    [
+        ("missing", "InvalidCertificateRef"),
+        ("there/cert", "RefNotPermitted"),
+    ],
+)
+def test_a_listener_without_a_certificate_is_not_served(certificate: str, reason: str) -> None:
+    """The Gateway is told which reference it is, and its other listeners are served, as is one with a good one left."""
+    topology = served(
+        gateway(
+            listener("a", 443, "a.io", [certificate]), listener("b", 443, "b.io", [certificate, "cert"]), listener()
+        ),
+        secret(),
+        secret(namespace="there"),
+        route(rule(), hostnames=["a.io", "b.io"]),
+    )
+    assert chains(topology) == {"b.io": {"b.io": ["default/route/0/0"]}}
+    assert [li.port for li in topology.listeners] == [443, 8080]
+    assert [(r.reason, r.field) for r in topology.rejections] == [(reason, "spec.listeners[0].tls.certificateRefs[0]")]
+
+
+def test_a_certificate_of_another_namespace_needs_a_grant() -> None:
+    """One for Gateways, not for HTTPRoutes."""
+    objects = gateway(listener("a", 443, certificates=["there/cert"])), secret(namespace="there")
+    for source, ports in (("HTTPRoute", []), ("Gateway", [443])):
+        topology = served(*objects, grant("default", "there", "Secret", "cert", source=source))
+        assert [li.port for li in topology.listeners] == ports
+        assert reasons(topology) == ([] if ports else ["RefNotPermitted"])
+
+
+def test_what_is_no_secret_is_no_certificate() -> None:
+    """A reference of another kind is named as such."""
+    https = listener("a", 443, certificates=["cert"])
+    other = replace(https, certificates=(ref("Service", "cert"),))
+    topology = served(gateway(other), secret())
+    assert topology.listeners == ()
+    assert reasons(topology) == ["InvalidCertificateRef"]
+
+
+def test_a_port_has_one_protocol() -> None:
+    """The older Gateway's; the other's listener is left out, with ProtocolConflict."""
+    topology = served(
+        gateway(listener(port=443), name="old", created="2026-01-01T00:00:00Z"),
+        gateway(listener("a", 443, "a.io", ["cert"]), listener("b", 444, certificates=["cert"]), name="new"),
+        secret(),
+    )
+    assert [(li.port, bool(li.chains)) for li in topology.listeners] == [(443, False), (444, True)]
+    assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [("new", "ProtocolConflict")]
 
 
 # --- groups of Envoys ---
@@ -627,6 +716,17 @@ def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.setattr("xds.resolve.MAX_ROUTES", count)
     assert served(*objects) == whole
+
+
+def test_https_listeners_of_a_port_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers for the hostnames of all others, so their number counts squared; the last ones are left out."""
+    listeners = [listener(name, 443, f"{name}.io", certificates=["cert"]) for name in "abcd"]
+    whole = served(gateway(*listeners), secret())
+    assert [len(chain.virtual_hosts) for chain in whole.listeners[0].chains] == [4] * 4
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 6)
+    topology = served(gateway(*listeners), secret())
+    assert [chain.hostname for chain in topology.listeners[0].chains] == ["a.io", "b.io", "c.io"]
+    assert reasons(topology) == ["TooManyRoutes"]
 
 
 def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

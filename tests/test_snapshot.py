@@ -85,6 +85,7 @@ def test_a_view_is_what_the_groups_listeners_need() -> None:
         "ClusterLoadAssignment": ["b", "both"],
         "Listener": ["b"],
         "RouteConfiguration": ["b"],
+        "Secret": [],
         "PoolLoad": ["a", "b"],
     }
     assert {label(type_url): list(found) for type_url, found in whole.view("").resources.items() if found} == {

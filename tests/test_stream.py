@@ -226,6 +226,7 @@ class Conversation(RuleBasedStateMachine):
         # Types whose next response may repeat what the peer holds, and those on their way that may.
         self.excused: set[str] = set()
         self.may_repeat: set[tuple[str, str]] = set()  # (type, nonce)
+        self.asked_again: set[tuple[str, str]] = set()  # (type, name): was in such a response, which the peer refused
 
     @rule(world=WORLDS)
     def publish(self, world: dict[str, dict[str, str]]) -> None:
@@ -278,6 +279,7 @@ class Conversation(RuleBasedStateMachine):
         self.accepted.clear()
         self.excused.clear()
         self.may_repeat.clear()
+        self.asked_again.clear()
 
     def advance(self) -> None:
         for response in self.stream.advance(self.snapshot, self.now):
@@ -293,10 +295,15 @@ class Conversation(RuleBasedStateMachine):
     def take(self, response: Any) -> None:
         type_url, updates = response.type_url, self.peer.updates(response)
         assert list(response.resources) != self.refused.get(type_url), "a refused response is repeated"
-        held = self.peer.held.get(type_url, {})
-        if (type_url, response.nonce) not in self.may_repeat:
-            assert self.news(type_url, held, updates, response), "nothing new in the response"
-        if "bad" in map(revision_of, updates.values()):
+        held = {
+            n: body for n, body in self.peer.held.get(type_url, {}).items() if (type_url, n) not in self.asked_again
+        }
+        may_repeat = (type_url, response.nonce) in self.may_repeat
+        assert may_repeat or self.news(type_url, held, updates, response), "nothing new in the response"
+        named = {(type_url, name) for name in updates}
+        is_bad = "bad" in map(revision_of, updates.values())
+        self.asked_again = self.asked_again | named if is_bad and may_repeat else self.asked_again - named
+        if is_bad:
             self.refused[type_url] = list(response.resources)
             self.requests.append(self.peer.nack(response))
         else:

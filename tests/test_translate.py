@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.goldens import decoded
-from tests.objects import backend, config, gateway, gateway_class, listener, parent, pod, pool, route, rule, service
+from tests.objects import (
+    backend,
+    config,
+    gateway,
+    gateway_class,
+    listener,
+    parent,
+    pod,
+    pool,
+    route,
+    rule,
+    secret,
+    service,
+)
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
@@ -94,6 +107,7 @@ def test_a_snapshot_has_what_the_topology_has() -> None:
         "RouteConfiguration": ["http-8080"],
         "Cluster": [POOL.name, WEB.name, PICKER_CLUSTER],
         "ClusterLoadAssignment": [POOL.name, WEB.name],
+        "Secret": [],
         "PoolLoad": [],
     }
     assert missing(snapshot) == ()
@@ -159,6 +173,20 @@ def test_a_change_of_pods_touches_endpoints_alone() -> None:
     before = snapshot_of(resolve(config(*OBJECTS, route(rule(LLM)))))
     after = snapshot_of(changed)
     assert {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]} == {"ClusterLoadAssignment"}
+
+
+def test_a_port_of_https_has_routes_for_each_name_and_its_secrets() -> None:
+    """A RouteConfiguration for each chain, a secret for each certificate in use, and nothing dangling; the listener
+    does not change with what is in the Secret."""
+    tls = listener("a", 443, "a.io", certificates=["one"]), listener("b", 443, certificates=["one", "two"])
+    objects = (gateway_class(), gateway(*tls), service(), pod("a", "10.0.0.1"), route(rule(backend())))
+    snapshot = snapshot_of(resolve(config(*objects, *(secret(name) for name in ("one", "two", "unused")))))
+    assert missing(snapshot) == ()
+    assert list(snapshot.resources[types.LISTENER]) == ["https-443"]
+    assert list(snapshot.resources[types.ROUTE]) == ["https-443/*", "https-443/a.io"]
+    assert list(snapshot.resources[types.SECRET]) == ["secret/default/one", "secret/default/two"]
+    renewed = snapshot_of(resolve(config(*objects, secret("one", "second"), secret("two"))))
+    assert {types.label(t) for t in types.TYPES if renewed.versions[t] != snapshot.versions[t]} == {"Secret"}
 
 
 def test_each_group_has_its_listeners_and_what_they_need() -> None:

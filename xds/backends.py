@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from xds.model import (
     EndpointSlice,
     InferencePool,
     Level,
+    ObjectRef,
     Pod,
     Rejection,
     Service,
@@ -68,12 +69,7 @@ class Backends:
         self._slices: defaultdict[tuple[str, str], list[EndpointSlice]] = defaultdict(list)
         for piece in config.endpoint_slices:
             self._slices[piece.meta.ref.namespace, piece.service].append(piece)
-        self._grants = {
-            (source, grant.meta.ref.namespace, target)
-            for grant in config.reference_grants
-            for source in grant.sources
-            for target in grant.targets
-        }
+        self._grants = granted(config)
 
     def resolve(
         self, backend: BackendRef, route_namespace: str, connect: float | None = None, idle: float | None = None
@@ -85,7 +81,8 @@ class Backends:
         """
         ref = backend.ref
         pods = self._pods[ref.namespace]
-        if ref.namespace != route_namespace and not self._granted(backend, route_namespace):
+        source = (GATEWAY, "HTTPRoute", route_namespace)
+        if ref.namespace != route_namespace and not is_granted(self._grants, source, ref):
             return (
                 "RefNotPermitted",
                 f"no ReferenceGrant in {ref.namespace} lets HTTPRoutes of {route_namespace} use {ref}",
@@ -115,10 +112,23 @@ class Backends:
             self._room -= len(self.clusters[name].endpoints)
         return self.clusters[name]
 
-    def _granted(self, backend: BackendRef, route_namespace: str) -> bool:
-        source = (GATEWAY, "HTTPRoute", route_namespace)
-        ref = backend.ref
-        return any((source, ref.namespace, (ref.group, ref.kind, name)) in self._grants for name in ("", ref.name))
+
+Grants = Set[tuple[tuple[str, str, str], str, tuple[str, str, str]]]  # (source, namespace, target) as in ReferenceGrant
+
+
+def granted(config: Config) -> Grants:
+    """What ReferenceGrants let refer to what."""
+    return {
+        (source, grant.meta.ref.namespace, target)
+        for grant in config.reference_grants
+        for source in grant.sources
+        for target in grant.targets
+    }
+
+
+def is_granted(grants: Grants, source: tuple[str, str, str], ref: ObjectRef) -> bool:
+    """Whether `source` (group, kind, namespace) may refer to this object of another namespace."""
+    return any((source, ref.namespace, (ref.group, ref.kind, name)) in grants for name in ("", ref.name))
 
 
 def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:

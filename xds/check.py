@@ -59,8 +59,11 @@ def _served(topology: Topology) -> list[str]:
     """A line for each port, hostname and route, and one for each cluster."""
     lines = []
     for listener in topology.listeners:
-        lines.append(f"port {listener.port}" + (f" of the Envoys {listener.group}" if listener.group else ""))
-        for host in listener.virtual_hosts:
+        lines.append(
+            f"port {listener.port}{', HTTPS' if listener.chains else ''}"
+            + (f" of the Envoys {listener.group}" if listener.group else "")
+        )
+        for host in listener.all_virtual_hosts:
             lines += [f"  {host.hostname:20} {route.name:40} -> {_goal(route.action)}" for route in host.routes]
     for cluster in topology.clusters:
         strategy = cluster.strategy or "round robin"

@@ -281,7 +281,7 @@ def _log_configuration(topology: Topology, rejections: tuple[Rejection, ...], se
         "configuration applied",
         ports=sorted({listener.port for listener in topology.listeners}),
         groups=topology.groups,
-        routes=sum(len(host.routes) for listener in topology.listeners for host in listener.virtual_hosts),
+        routes=sum(len(host.routes) for listener in topology.listeners for host in listener.all_virtual_hosts),
         clusters={c.name: len(c.endpoints) for c in topology.clusters},
         rejections=sum(rejection.level is Level.ERROR for rejection in rejections),
         seconds=round(seconds, 4),

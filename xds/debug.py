@@ -13,7 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from xds.control import Control
 from xds.in_flight import Reported
 from xds.model import Cluster, Endpoint, Rejection, authority
-from xds.snapshot import ENDPOINT, POOL_LOAD, TYPES, Snapshot, label
+from xds.snapshot import ENDPOINT, POOL_LOAD, SECRET, TYPES, Snapshot, label
 from xds.status import Page
 from xds.weights import BASE, Pool
 from xds.wire import discovery_pb2, endpoint_pb2, load_pb2
@@ -53,7 +53,7 @@ def describe(control: Control) -> dict[str, Any]:
             {
                 "port": listener.port,
                 "group": listener.group,
-                "routes": sum(len(host.routes) for host in listener.virtual_hosts),
+                "routes": sum(len(host.routes) for host in listener.all_virtual_hosts),
             }
             for listener in control.topology.listeners
         ],
@@ -81,7 +81,9 @@ def decode(snapshot: Snapshot | None, type_label: str, name: str) -> dict[str, A
     resource = snapshot.resources[type_url].get(name) if snapshot and type_url else None
     if resource is None or type_url is None:
         return None
-    if type_url in OURS:
+    if type_url == SECRET:
+        body: dict[str, Any] = {"@type": type_url, "name": name}  # the rest is a private key
+    elif type_url in OURS:
         message = OURS[type_url].FromString(discovery_pb2.Any.FromString(resource.any).value)
         body = {"@type": type_url, **MessageToDict(message)}
     else:

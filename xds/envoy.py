@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import betterproto2
 from envoy_data_plane.envoy.config.core.v3 import AggregatedConfigSource, ApiVersion, ConfigSource, TypedExtensionConfig
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
+
+from xds.model import ObjectRef, PortListener, VirtualHost
 
 PICK_HEADER = "x-vllm-pick"
 OWN_HEADERS = "x-vllm-"  # prefix of every header that is ours alone
@@ -38,9 +41,24 @@ class Options:
     picker_tls_sds: str | None = None
 
 
-def listener_name(port: int, group: str = "") -> str:
-    """`http-<port>`, for a group of Envoys `http-<port>@<group>`: LDS name, RDS name and stat prefix of one port."""
-    return f"http-{port}@{group}" if group else f"http-{port}"
+def listener_name(source: PortListener) -> str:
+    """`http-<port>` or `https-<port>`, for a group of Envoys with `@<group>` behind it: LDS name and stat prefix."""
+    name = f"https-{source.port}" if source.chains else f"http-{source.port}"
+    return f"{name}@{source.group}" if source.group else name
+
+
+def route_tables(source: PortListener) -> Iterator[tuple[str, tuple[VirtualHost, ...]]]:
+    """RDS name -> virtual hosts: one for the port, which has the listener's name, or one for each chain of HTTPS."""
+    name = listener_name(source)
+    if not source.chains:
+        yield name, source.virtual_hosts
+    for chain in source.chains:
+        yield f"{name}/{chain.hostname}", chain.virtual_hosts
+
+
+def secret_name(ref: ObjectRef) -> str:
+    """`secret/<namespace>/<name>`: the SDS name."""
+    return f"secret/{ref.namespace}/{ref.name}"
 
 
 def ads() -> ConfigSource:

@@ -30,6 +30,7 @@ from xds.model import (
     Pod,
     ReferenceGrant,
     Rejection,
+    Secret,
     Service,
 )
 from xds.parse import Parsed
@@ -101,6 +102,7 @@ class Index:
             services=_of(Service, ordered),
             endpoint_slices=_of(EndpointSlice, ordered),
             pods=_of(Pod, ordered),
+            secrets=_of(Secret, ordered),
             pools=_of(InferencePool, ordered),
             models=models,
             rejections=_first(sorted([*self.rejections, *conflicts], key=_order)),

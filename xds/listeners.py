@@ -1,4 +1,4 @@
-"""A port -> Envoy's listener (pure).
+"""A port -> Envoy's listener (pure). A port of HTTPS has a filter chain for each name, with certificates from SDS.
 
 Every HTTP listener has the same filters whatever its routes are, switched off until a route switches them on: a change
 of a listener drains it and cuts running streams, a change of a route does not. In order of work:
@@ -29,8 +29,9 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HeaderValueOption,
     HeaderValueOptionHeaderAppendAction,
     SocketAddress,
+    TransportSocket,
 )
-from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, Listener
+from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter
 from envoy_data_plane.envoy.extensions.filters.http.buffer.v3 import Buffer
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
@@ -50,6 +51,7 @@ from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
     JsonToMetadataSelector,
 )
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import TlsInspector
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
     HttpConnectionManagerPathWithEscapedSlashesAction,
@@ -58,6 +60,11 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
     HeaderMutation as EarlyHeaderMutation,
+)
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
+    CommonTlsContext,
+    DownstreamTlsContext,
+    SdsSecretConfig,
 )
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
@@ -79,17 +86,52 @@ from xds.envoy import (
     Options,
     ads,
     listener_name,
+    route_tables,
     seconds,
+    secret_name,
     typed,
 )
+from xds.model import PortListener, TlsChain
 
 
-def listener(port: int, group: str, options: Options) -> Listener:
-    """A group's listener of one port; it depends on nothing else, so that routes come and go without draining it."""
-    name = listener_name(port, group)
+def listener(source: PortListener, options: Options) -> Listener:
+    """The listener of one port, without any of its routes: they come and go without draining it."""
+    name = listener_name(source)
+    tables = [table for table, _ in route_tables(source)]
+    if source.chains:
+        chains = [_tls_chain(name, table, chain, options) for table, chain in zip(tables, source.chains, strict=True)]
+    else:
+        chains = [FilterChain(filters=[_manager(name, name, options)])]
+    inspector = ListenerFilter(name="envoy.filters.listener.tls_inspector", typed_config=Any.pack(TlsInspector()))
+    return Listener(
+        name=name,
+        address=Address(socket_address=SocketAddress(address=options.bind, port_value=source.port)),
+        filter_chains=chains,
+        listener_filters=[inspector] if source.chains else [],
+    )
+
+
+def _tls_chain(stat_prefix: str, table: str, source: TlsChain, options: Options) -> FilterChain:
+    """The chain for the server name (SNI) `source.hostname`: Envoy takes the most specific, and "*" is for the rest."""
+    secrets = [SdsSecretConfig(name=secret_name(ref), sds_config=ads()) for ref in source.certificates]
+    context = DownstreamTlsContext(
+        common_tls_context=CommonTlsContext(
+            alpn_protocols=["h2", "http/1.1"], tls_certificate_sds_secret_configs=secrets
+        )
+    )
+    return FilterChain(
+        name=source.hostname,
+        filter_chain_match=FilterChainMatch(server_names=[] if source.hostname == "*" else [source.hostname]),
+        filters=[_manager(stat_prefix, table, options)],
+        transport_socket=TransportSocket(name="envoy.transport_sockets.tls", typed_config=Any.pack(context)),
+    )
+
+
+def _manager(stat_prefix: str, table: str, options: Options) -> Filter:
+    """The HTTP connection manager that serves the routes `table`."""
     manager = HttpConnectionManager(
-        stat_prefix=name,
-        rds=Rds(config_source=ads(), route_config_name=name),
+        stat_prefix=stat_prefix,
+        rds=Rds(config_source=ads(), route_config_name=table),
         http_filters=_filters(options),
         early_header_mutation_extensions=[
             typed(
@@ -113,15 +155,7 @@ def listener(port: int, group: str, options: Options) -> Listener:
         path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_REDIRECT,
         request_headers_timeout=seconds(10),
     )
-    return Listener(
-        name=name,
-        address=Address(socket_address=SocketAddress(address=options.bind, port_value=port)),
-        filter_chains=[
-            FilterChain(
-                filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
-            )
-        ],
-    )
+    return Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))
 
 
 def _filters(options: Options) -> list[HttpFilter]:

@@ -102,13 +102,18 @@ class AllowedRoutes:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """`hostname` is "" for any, else lower case, possibly `*.example.com`. Only protocol HTTP is accepted."""
+    """`hostname` is "" for any, else lower case, possibly `*.example.com`; `protocol` is HTTP or HTTPS.
+
+    `certificates` are Secrets, and `field` the path of their list in the Gateway.
+    """
 
     name: str
     port: int
     protocol: str
     hostname: str = ""
     allowed: AllowedRoutes = AllowedRoutes()
+    certificates: tuple[ObjectRef, ...] = ()
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +266,15 @@ class BackendTrafficPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Secret:
+    """One of type kubernetes.io/tls: a certificate (chain) and its key, both PEM, known to belong together."""
+
+    meta: Meta
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ServicePort:
     """`target` is a number, or the name of a container port."""
 
@@ -359,6 +373,7 @@ Object = (
     | Service
     | EndpointSlice
     | Pod
+    | Secret
     | InferencePool
     | InferenceModel
 )
@@ -376,6 +391,7 @@ class Config:
     services: tuple[Service, ...] = ()
     endpoint_slices: tuple[EndpointSlice, ...] = ()
     pods: tuple[Pod, ...] = ()
+    secrets: tuple[Secret, ...] = ()
     pools: tuple[InferencePool, ...] = ()
     models: tuple[InferenceModel, ...] = ()
     rejections: tuple[Rejection, ...] = ()
@@ -392,6 +408,7 @@ class Config:
             *self.services,
             *self.endpoint_slices,
             *self.pods,
+            *self.secrets,
             *self.pools,
             *self.models,
         )
@@ -475,17 +492,35 @@ class VirtualHost:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsChain:
+    """What a TLS port serves to clients that ask for one name: `hostname` as in VirtualHost, "*" for all other names.
+
+    `certificates` are Secrets of the Topology.
+    """
+
+    hostname: str
+    certificates: tuple[ObjectRef, ...]
+    virtual_hosts: tuple[VirtualHost, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PortListener:
     """One TCP port of the Envoys of a group, whatever number of Gateway listeners share it.
 
-    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. Virtual hosts are sorted by
-    hostname.
+    `group` "" are the Envoys that no Gateway names; `gateways` those whose port it is. HTTP has virtual hosts, HTTPS
+    has chains with their own; both are sorted by hostname.
     """
 
     port: int
-    virtual_hosts: tuple[VirtualHost, ...]
+    virtual_hosts: tuple[VirtualHost, ...] = ()
     group: str = ""
     gateways: tuple[ObjectRef, ...] = ()
+    chains: tuple[TlsChain, ...] = ()
+
+    @property
+    def all_virtual_hosts(self) -> tuple[VirtualHost, ...]:
+        """Those of all its chains too."""
+        return (*self.virtual_hosts, *(host for chain in self.chains for host in chain.virtual_hosts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,6 +534,7 @@ class Topology:
     clusters: tuple[Cluster, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     groups: tuple[str, ...] = ()
+    secrets: tuple[Secret, ...] = ()
 
 
 # --- loads and weights ------------------------------------------------------------------------------------------------

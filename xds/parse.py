@@ -27,7 +27,7 @@ from xds.model import (
     ObjectRef,
     Rejection,
 )
-from xds.parse_core import read_endpoint_slice, read_pod, read_service
+from xds.parse_core import read_endpoint_slice, read_pod, read_secret, read_service
 from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_grant, read_traffic_policy
 from xds.parse_inference import read_model, read_pool, read_pool_x
 from xds.parse_route import read_http_route
@@ -75,6 +75,7 @@ _KINDS = {
     (INFERENCE_X, "InferenceModel"): _Kind(("v1alpha2", "v1alpha1"), read_model),
     (CORE, "Service"): _Kind(("v1",), read_service, strict=False),
     (CORE, "Pod"): _Kind(("v1",), read_pod, strict=False),
+    (CORE, "Secret"): _Kind(("v1",), read_secret, strict=False),
     (DISCOVERY, "EndpointSlice"): _Kind(("v1",), read_endpoint_slice, strict=False),
 }
 _OUR_GROUPS = frozenset({GATEWAY, ENVOY_GATEWAY, INFERENCE, INFERENCE_X})

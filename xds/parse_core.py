@@ -1,4 +1,4 @@
-"""Service, EndpointSlice and Pod: of their many fields the few that say where requests can go.
+"""Service, EndpointSlice, Pod and Secret: of their many fields the few that say where requests can go, and as whom.
 
 The limits are those of the Kubernetes API reference; Kubernetes sets none for ports of a Service or a container.
 """
@@ -6,16 +6,21 @@ The limits are those of the Kubernetes API reference; Kubernetes sets none for p
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from ipaddress import ip_address
 
+from xds import certificates
 from xds.fields import ANNOTATION, LABEL_VALUE, OBJECT_NAME, FieldError, Reader, Text, describe
-from xds.model import EndpointSlice, Meta, Pod, Service, ServicePort, SliceEndpoint
+from xds.model import EndpointSlice, Meta, Pod, Secret, Service, ServicePort, SliceEndpoint
 
 MAX_PORTS = 1000  # of a Service, of a container
 MAX_CONTAINERS = 100
 MAX_CONDITIONS = 100
 SERVICE_LABEL = "kubernetes.io/service-name"
 
+TLS_TYPE = "kubernetes.io/tls"
+
+_SECRET_VALUE = Text("text", 2**20 * 4 // 3 + 4)  # the API server lets a Secret have 1 MiB
 _PORT_NAME = Text("a port's name", 63, re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"))
 _WORD = Text("a word", 316)
 _ADDRESS = Text("an IP address", 45)  # the longest IPv6 form
@@ -86,6 +91,28 @@ def read_pod(document: Reader, meta: Meta) -> Pod:
     }
     deleting = document.child("metadata").text("deletionTimestamp", ANNOTATION, "")
     return Pod(meta, ip, ready, bool(deleting), ports)
+
+
+def read_secret(document: Reader, meta: Meta) -> Secret:
+    """One of type kubernetes.io/tls; `stringData` counts over `data`, as for the API server."""
+    kind = document.text("type", _WORD, "Opaque")
+    if kind != TLS_TYPE:
+        raise document.error("type", f"expected {TLS_TYPE}, found {describe(kind)}", "UnsupportedValue")
+    certificate, key = (_secret_value(document, name) for name in ("tls.crt", "tls.key"))
+    if problem := certificates.problem(certificate, key):
+        raise document.error("data", problem, "InvalidCertificate")
+    return Secret(meta, certificate, key)
+
+
+def _secret_value(document: Reader, name: str) -> bytes:
+    plain = document.child("stringData")
+    if plain.get(name) is not None:
+        return plain.text(name, _SECRET_VALUE).encode()
+    data = document.child("data")
+    try:
+        return b64decode(data.text(name, _SECRET_VALUE), validate=True)
+    except ValueError:
+        raise data.error(name, "expected base64") from None
 
 
 def _is_tcp(port: Reader) -> bool:

@@ -10,6 +10,7 @@ import re
 
 from xds.fields import GROUP, HOSTNAME, KIND, LABEL_VALUE, NAME, NAMESPACE, OBJECT_NAME, Reader, Text, describe
 from xds.model import (
+    CORE,
     GATEWAY,
     AllowedRoutes,
     BackendTrafficPolicy,
@@ -38,10 +39,12 @@ def read_gateway_class(document: Reader, meta: Meta) -> GatewayClass:
 
 
 def read_gateway(document: Reader, meta: Meta) -> Gateway:
-    """A listener whose protocol is not HTTP is dropped with a rejection; the others are served."""
+    """A listener that can not be served as it is written is dropped with a rejection; the others are served."""
     spec = document.child("spec")
     readers = spec.children("listeners", most=64, least=1)
-    listeners = [listener for reader in readers if (listener := _read_listener(reader))]
+    # Whoever asks for clients' certificates does not want clients without.
+    frontend = spec.child("tls").get("frontend") is not None
+    listeners = [listener for reader in readers if (listener := _read_listener(reader, meta, frontend=frontend))]
     names = [reader.text("name", NAME) for reader in readers]
     if len(set(names)) < len(names):
         raise spec.error("listeners", "expected names that differ")
@@ -62,20 +65,53 @@ def _read_groups(document: Reader, meta: Meta) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_listener(reader: Reader) -> Listener | None:
+def _read_listener(reader: Reader, meta: Meta, *, frontend: bool) -> Listener | None:
     name = reader.text("name", NAME)
     port = reader.port("port")
     protocol = reader.text("protocol", _PROTOCOL)
-    if protocol != "HTTP":
+    certificates: tuple[ObjectRef, ...] | None = ()
+    if protocol not in ("HTTP", "HTTPS"):
         reader.skip()
-        message = f"expected HTTP, found {describe(protocol)}; listener {name} is not served"
+        message = f"expected HTTP or HTTPS, found {describe(protocol)}; listener {name} is not served"
         reader.reject("protocol", message, "UnsupportedProtocol")
         return None
-    if reader.get("tls") is not None:
+    if protocol == "HTTPS":
+        certificates = _read_certificates(reader, name, meta.ref.namespace, frontend=frontend)
+    elif reader.get("tls") is not None:
         raise reader.error("tls", "expected no TLS on an HTTP listener")
-    return Listener(
-        name, port, protocol, reader.text("hostname", HOSTNAME, ""), _read_allowed(reader.child("allowedRoutes"))
+    hostname, allowed = reader.text("hostname", HOSTNAME, ""), _read_allowed(reader.child("allowedRoutes"))
+    if certificates is None:
+        return None
+    field = reader.at("tls.certificateRefs") if certificates else ""
+    return Listener(name, port, protocol, hostname, allowed, certificates, field)
+
+
+def _read_certificates(reader: Reader, name: str, namespace: str, *, frontend: bool) -> tuple[ObjectRef, ...] | None:
+    """The Secrets of an HTTPS listener; None, with a rejection noted, for one that asks for what is not served."""
+    tls = reader.child("tls")
+    tls.skip("options")
+    mode = tls.choice("mode", ("Terminate", "Passthrough"), "Terminate")
+    refs = tuple(
+        ObjectRef(
+            ref.text("group", GROUP, CORE),
+            ref.text("kind", KIND, "Secret"),
+            ref.text("namespace", NAMESPACE, namespace),
+            ref.text("name", OBJECT_NAME),
+        )
+        for ref in tls.children("certificateRefs", 64)
     )
+    if mode == "Passthrough":
+        tls.reject("mode", f"expected Terminate, found Passthrough; listener {name} is not served", "UnsupportedValue")
+        return None
+    if frontend or tls.get("frontendValidation") is not None:
+        message = f"clients' certificates are not validated here; listener {name} is not served"
+        tls.reject("frontendValidation", message, "UnsupportedValue")
+        return None
+    if not refs:
+        message = f"expected at least one Secret; listener {name} is not served"
+        tls.reject("certificateRefs", message, "InvalidCertificateRef")
+        return None
+    return refs
 
 
 def _read_allowed(reader: Reader) -> AllowedRoutes:

@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from xds.envoy import listener_name
-from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Rejection, Route, Topology
+from xds.envoy import listener_name, route_tables, secret_name
+from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Rejection, Route, Topology, VirtualHost
 from xds.routes import route_configuration
-from xds.snapshot import CLUSTER, LISTENER, ROUTE, Resource, Snapshot, label
+from xds.snapshot import CLUSTER, LISTENER, ROUTE, SECRET, Resource, Snapshot, label
 
-WATCHED = frozenset({CLUSTER, LISTENER, ROUTE})  # endpoints are other ones seconds later: their refusal is a log line
+# Not endpoints: they are other ones seconds later, and their refusal is a log line.
+WATCHED = frozenset({CLUSTER, LISTENER, ROUTE, SECRET})
 REASON = "RefusedByEnvoy"
 ACCEPTED = ""  # the verdict of a version that an Envoy accepted; any other text is why it was refused
 MAX_TRIED = 200  # HTTPRoutes tried one at a time: each trial takes a fraction of a second
@@ -36,8 +37,10 @@ Key = tuple[str, str]  # (type_url, name)
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A RouteConfiguration by what each HTTPRoute has in it, and those HTTPRoutes."""
+    """A RouteConfiguration of a port by what each HTTPRoute has in it, and those HTTPRoutes."""
 
+    name: str
+    hosts: tuple[VirtualHost, ...]
     port: PortListener
     parts: Mapping[ObjectRef, tuple[Route, ...]]
     objects: Mapping[ObjectRef, HTTPRoute]
@@ -116,7 +119,11 @@ class Quarantine:
         """Take what was made of the admitted HTTPRoutes."""
         objects = {route.meta.ref: route for route in admitted}
         self._snapshot = snapshot
-        self._offers = {listener_name(port.port, port.group): _offer(port, objects) for port in topology.listeners}
+        self._offers = {
+            name: _offer(name, hosts, port, objects)
+            for port in topology.listeners
+            for name, hosts in route_tables(port)
+        }
         self._owners = _owners(topology)
         for memory in (self._verdicts, self._accepted):
             for key in [key for key in memory if key[1] not in snapshot.resources[key[0]]]:
@@ -202,7 +209,7 @@ class Quarantine:
         offer, good, version = self._offers[name], self._good.get(name), self._version(ROUTE, name)
         known = good.parts if good else {}
         differ = [ref for ref, part in offer.parts.items() if known.get(ref) != part]
-        pointed_at = _pointed_at(reason, offer.port)
+        pointed_at = _pointed_at(reason, offer)
         suspects = [ref for ref in differ if ref in pointed_at] or differ
         search = _Search(name, version, reason, suspects, offer, good)
         if len(suspects) == 1:
@@ -240,33 +247,38 @@ class Quarantine:
         self._withheld[ref] = _Withheld(route, instead, (search.name, search.version), rejection)
 
 
-def _offer(port: PortListener, objects: Mapping[ObjectRef, HTTPRoute]) -> _Offer:
+def _offer(
+    name: str, hosts: tuple[VirtualHost, ...], port: PortListener, objects: Mapping[ObjectRef, HTTPRoute]
+) -> _Offer:
     parts: dict[ObjectRef, list[Route]] = {}
-    for host in port.virtual_hosts:
+    for host in hosts:
         for route in host.routes:
-            parts.setdefault(_owner(route.name), []).append(route)
-    return _Offer(port, {ref: tuple(part) for ref, part in parts.items()}, objects)
+            if owner := _owner(route.name):
+                parts.setdefault(owner, []).append(route)
+    return _Offer(name, hosts, port, {ref: tuple(part) for ref, part in parts.items()}, objects)
 
 
-def _owner(route_name: str) -> ObjectRef:
-    """The HTTPRoute of a route: xds/resolve.py names it `<namespace>/<HTTPRoute>/<rule>/<match>`."""
-    namespace, name, *_ = route_name.split("/")
-    return ObjectRef(GATEWAY, "HTTPRoute", namespace, name)
+def _owner(route_name: str) -> ObjectRef | None:
+    """The HTTPRoute of a route, by its name `<namespace>/<HTTPRoute>/<rule>/<match>`; None: it has none."""
+    namespace, _, rest = route_name.partition("/")
+    return ObjectRef(GATEWAY, "HTTPRoute", namespace, rest.partition("/")[0]) if rest else None
 
 
 def _owners(topology: Topology) -> dict[Key, tuple[ObjectRef, ...]]:
     owners: dict[Key, tuple[ObjectRef, ...]] = {}
     for port in topology.listeners:
-        name = listener_name(port.port, port.group)
-        owners[LISTENER, name] = owners[ROUTE, name] = port.gateways
+        owners[LISTENER, listener_name(port)] = port.gateways
+        owners |= {(ROUTE, name): port.gateways for name, _ in route_tables(port)}
+    owners |= {(SECRET, secret_name(each.meta.ref)): (each.meta.ref,) for each in topology.secrets}
     return owners | {(CLUSTER, each.name): (each.ref,) for each in topology.clusters if each.ref}
 
 
-def _pointed_at(reason: str, port: PortListener) -> frozenset[ObjectRef]:
+def _pointed_at(reason: str, offer: _Offer) -> frozenset[ObjectRef]:
     """The HTTPRoutes at the place that Envoy's message names by index; empty when it names none."""
     found = _PLACE.search(reason)
     if found is None:
         return frozenset()
-    hosts = route_configuration(port).virtual_hosts[int(found[1]) :][:1]
+    built = route_configuration(offer.name, offer.hosts, offer.port.port, tls=bool(offer.port.chains))
+    hosts = built.virtual_hosts[int(found[1]) :][:1]
     routes = [route for host in hosts for route in (host.routes[int(found[2]) :][:1] if found[2] else host.routes)]
-    return frozenset(_owner(route.name) for route in routes if "/" in route.name)
+    return frozenset(filter(None, (_owner(route.name) for route in routes)))

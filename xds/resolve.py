@@ -2,6 +2,7 @@
 
     Gateways  -> groups of Envoys            (the annotation vllm-xds/nodes; what follows is done for each group)
     Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname)
+    Secrets   -> certificates of HTTPS listeners
     HTTPRoutes -> attach to listeners        (sectionName, port, allowedRoutes, hostname intersection)
     matches   -> order within a virtual host (Gateway API precedence)
     backends  -> clusters and their endpoints (xds/backends.py)
@@ -16,9 +17,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from xds.backends import Backends, unserved_targets
+from xds.backends import Backends, granted, is_granted, unserved_targets
 from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
+    CORE,
     GATEWAY,
     BackendTrafficPolicy,
     Cluster,
@@ -39,7 +41,9 @@ from xds.model import (
     Route,
     RouteMatch,
     RouteRule,
+    Secret,
     Strategy,
+    TlsChain,
     Topology,
     VirtualHost,
 )
@@ -98,13 +102,14 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     groups = _groups(gateways, rejections)
     backends = Backends(config)
     actions = _Actions(config, backends, rejections)
+    certificates = _Certificates(config, rejections)
     room = _Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
-        listeners += _ports(group, members, config, actions, rejections, room)
+        listeners += _ports(group, members, config, actions, certificates, rejections, room)
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(tuple(listeners), clusters, rejections.all(), groups)
+    return Topology(tuple(listeners), clusters, rejections.all(), groups, certificates.used())
 
 
 # --- gateways and listeners -------------------------------------------------------------------------------------------
@@ -123,16 +128,25 @@ def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]
 
 
 def _ports(
-    group: str, gateways: list[Gateway], config: Config, actions: _Actions, rejections: _Rejections, room: _Room
+    group: str,
+    gateways: list[Gateway],
+    config: Config,
+    actions: _Actions,
+    certificates: _Certificates,
+    rejections: _Rejections,
+    room: _Room,
 ) -> Iterator[PortListener]:
-    """The ports of one group of Envoys."""
-    listeners = list(_distinct_listeners(gateways, rejections))
+    """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
     by_gateway: defaultdict[ObjectRef, list[tuple[Gateway, Listener]]] = defaultdict(list)
     by_port: defaultdict[int, list[tuple[Gateway, Listener]]] = defaultdict(list)
-    for gateway, listener in listeners:
-        by_gateway[gateway.meta.ref].append((gateway, listener))
-        by_port[listener.port].append((gateway, listener))
-    ports = {number: _Port(listener for _, listener in by_port[number]) for number in sorted(by_port)}
+    for gateway, listener in _distinct_listeners(gateways, rejections):
+        here = by_port[listener.port]
+        if listener.protocol == "HTTP" or (
+            certificates.of(gateway, listener) and _has_room(gateway, listener, here, rejections, room)
+        ):
+            by_gateway[gateway.meta.ref].append((gateway, listener))
+            here.append((gateway, listener))
+    ports = {number: _Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
     known = {gateway.meta.ref for gateway in config.gateways}
     for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
         for each in _attach(route, by_gateway, ports, known, rejections):
@@ -140,8 +154,52 @@ def _ports(
                 message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
                 rejections.append(_about(each.route, "TooManyRoutes", message, f"spec.rules[{each.index}]"))
     for number, port in ports.items():
-        owners = {gateway.meta.ref: None for gateway, _ in by_port[number]}
-        yield PortListener(number, tuple(_virtual_hosts(port, actions)), group, tuple(owners))
+        owners = tuple({gateway.meta.ref: None for gateway, _ in by_port[number]})
+        hosts = {host.hostname: host for host in _virtual_hosts(port, actions)}
+        if by_port[number][0][1].protocol == "HTTP":
+            yield PortListener(number, tuple(hosts.values()), group, owners)
+        else:
+            chains = [_chain(pair, by_port[number], port, hosts, certificates) for pair in by_port[number]]
+            yield PortListener(number, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
+
+
+def _has_room(
+    gateway: Gateway,
+    listener: Listener,
+    of_port: list[tuple[Gateway, Listener]],
+    rejections: _Rejections,
+    room: _Room,
+) -> bool:
+    """Whether there is room for what an HTTPS listener and the port's other ones answer to each other's hostnames."""
+    answers = 2 * len(of_port)
+    if answers > room.routes:
+        message = f"there are more than {MAX_ROUTES} routes with those of its port: {listener.name} is not served"
+        rejections.append(_about(gateway, "TooManyRoutes", message, "spec.listeners"))
+        return False
+    room.routes -= answers
+    return True
+
+
+def _chain(
+    pair: tuple[Gateway, Listener],
+    of_port: list[tuple[Gateway, Listener]],
+    port: _Port,
+    of_all: Mapping[str, VirtualHost],
+    certificates: _Certificates,
+) -> TlsChain:
+    """What an HTTPS listener serves to those who ask for its name by SNI: its own hosts.
+
+    What a client asks of the port's other listeners on such a connection is answered with 421 Misdirected Request
+    (RFC 9110, section 15.5.20).
+    """
+    listener = pair[1]
+    hosts = {hostname: of_all[hostname] for hostname in port.hostnames_of(listener)}
+    for _, other in of_port:
+        hostname = other.hostname or ANY_HOST
+        if other is not listener and hostname not in hosts and not _covers(hostname, listener.hostname or ANY_HOST):
+            hosts[hostname] = VirtualHost(hostname, (Route("misdirected", RouteMatch(), Respond(421)),))
+    ordered = tuple(hosts[hostname] for hostname in sorted(hosts))
+    return TlsChain(listener.hostname or ANY_HOST, certificates.of(*pair), ordered)
 
 
 def _our_gateways(config: Config, controllers: frozenset[str], rejections: _Rejections) -> Iterator[Gateway]:
@@ -159,11 +217,18 @@ def _our_gateways(config: Config, controllers: frozenset[str], rejections: _Reje
 
 
 def _distinct_listeners(gateways: list[Gateway], rejections: _Rejections) -> Iterator[tuple[Gateway, Listener]]:
-    """Listeners in order of age; one that repeats an older one's port and hostname is left out (HostnameConflict)."""
+    """Listeners in order of age; one that repeats an older one's port and hostname (HostnameConflict), or asks for
+    another protocol there (ProtocolConflict), is left out."""
     taken: dict[tuple[int, str], str] = {}
+    protocols: dict[int, str] = {}
     for gateway in gateways:
         for i, listener in enumerate(gateway.listeners):
             name = f"{gateway.meta.ref} listener {listener.name}"
+            protocol = protocols.setdefault(listener.port, listener.protocol)
+            if protocol != listener.protocol:
+                message = f"port {listener.port} is one of {protocol} already"
+                rejections.append(_about(gateway, "ProtocolConflict", message, f"spec.listeners[{i}].protocol"))
+                continue
             owner = taken.setdefault((listener.port, listener.hostname), name)
             if owner == name:
                 yield gateway, listener
@@ -171,6 +236,44 @@ def _distinct_listeners(gateways: list[Gateway], rejections: _Rejections) -> Ite
                 host = listener.hostname or "any hostname"
                 message = f"port {listener.port} for {host} is served by {owner} already"
                 rejections.append(_about(gateway, "HostnameConflict", message, f"spec.listeners[{i}]"))
+
+
+class _Certificates:
+    """The Secrets of HTTPS listeners; each listener's are looked for once."""
+
+    def __init__(self, config: Config, rejections: _Rejections) -> None:
+        self._secrets = {secret.meta.ref: secret for secret in config.secrets}
+        self._grants = granted(config)
+        self._rejections = rejections
+        self._found: dict[tuple[ObjectRef, str], tuple[ObjectRef, ...]] = {}
+
+    def of(self, gateway: Gateway, listener: Listener) -> tuple[ObjectRef, ...]:
+        """Those that exist and may be used; for each other one there is a rejection."""
+        key = gateway.meta.ref, listener.name
+        if key not in self._found:
+            self._found[key] = tuple(self._valid(gateway, listener))
+        return self._found[key]
+
+    def _valid(self, gateway: Gateway, listener: Listener) -> Iterator[ObjectRef]:
+        for i, ref in enumerate(listener.certificates):
+            namespace = gateway.meta.ref.namespace
+            reason = "InvalidCertificateRef"
+            if (ref.group, ref.kind) != (CORE, "Secret"):
+                message = f"{ref.kind} of group {ref.group!r} is not a Secret"
+            elif ref.namespace != namespace and not is_granted(self._grants, (GATEWAY, "Gateway", namespace), ref):
+                reason = "RefNotPermitted"
+                message = f"no ReferenceGrant in {ref.namespace} lets Gateways of {namespace} use {ref}"
+            elif ref not in self._secrets:
+                message = f"{ref} does not exist, or is no certificate with its key"
+            else:
+                yield ref
+                continue
+            self._rejections.append(_about(gateway, reason, message, f"{listener.field}[{i}]"))
+
+    def used(self) -> tuple[Secret, ...]:
+        """The Secrets of all listeners that were asked for, sorted."""
+        refs = {ref for found in self._found.values() for ref in found}
+        return tuple(self._secrets[ref] for ref in sorted(refs))
 
 
 # --- routes to listeners ----------------------------------------------------------------------------------------------
@@ -270,6 +373,7 @@ class _Port:
     def __init__(self, listeners: Iterable[Listener]) -> None:
         self._listeners = {listener.hostname or ANY_HOST: listener for listener in listeners}
         self.hostnames: set[str] = set()
+        self._owned: defaultdict[str, list[str]] = defaultdict(list)
         self._rules: defaultdict[str, list[_Attached]] = defaultdict(list)
         self._matches: Counter[str] = Counter()  # of the rules of a hostname
         self._covered: Counter[str] = Counter()  # virtual hosts that have the rules of a hostname
@@ -301,8 +405,13 @@ class _Port:
         for wide in self._served_by(hostname):
             yield from self._rules.get(wide, ())
 
+    def hostnames_of(self, listener: Listener) -> list[str]:
+        """Those of the virtual hosts that are a listener's own."""
+        return self._owned[listener.hostname or ANY_HOST]
+
     def _appear(self, hostname: str) -> None:
         self.hostnames.add(hostname)
+        self._owned[self.owner(hostname).hostname or ANY_HOST].append(hostname)
         for wide in self._served_by(hostname):
             self._covered[wide] += 1
 

@@ -61,7 +61,6 @@ from xds.envoy import (
     MODEL_KEY,
     MODEL_NAMESPACE,
     PICK_HEADER,
-    listener_name,
     seconds,
 )
 from xds.model import Filters, Forward, MatchType, PathModifier, RequestRedirect, Respond, ValueMatch
@@ -88,21 +87,23 @@ _STATUS = {
 _WELL_KNOWN = {"http": 80, "https": 443}
 
 
-def route_configuration(source: model.PortListener) -> RouteConfiguration:
-    """The RDS resource of one port; hostnames match whatever port the client wrote behind them."""
+def route_configuration(
+    name: str, virtual_hosts: Iterable[model.VirtualHost], port: int, *, tls: bool
+) -> RouteConfiguration:
+    """The RDS resource `name` of a listener's port; hostnames match whatever port the client wrote behind them."""
     return RouteConfiguration(
-        name=listener_name(source.port, source.group),
-        virtual_hosts=[_virtual_host(host, source.port) for host in source.virtual_hosts],
+        name=name,
+        virtual_hosts=[_virtual_host(host, port, tls=tls) for host in virtual_hosts],
         ignore_port_in_host_matching=True,
     )
 
 
-def _virtual_host(source: model.VirtualHost, port: int) -> VirtualHost:
+def _virtual_host(source: model.VirtualHost, port: int, *, tls: bool) -> VirtualHost:
     by_model = any(header.name == MODEL_HEADER for route in source.routes for header in route.match.headers)
     host = VirtualHost(
         name=source.hostname,
         domains=[source.hostname],
-        routes=[_route(route, source.hostname, port, by_model=by_model) for route in source.routes],
+        routes=[_route(route, source.hostname, port, by_model=by_model, tls=tls) for route in source.routes],
     )
     if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
         host.request_body_buffer_limit = BODY_LIMIT
@@ -135,13 +136,13 @@ def _switched_on(*filters: str) -> dict[str, Any]:
     return {name: Any.pack(FilterConfig(config=Any())) for name in filters}
 
 
-def _route(source: model.Route, hostname: str, port: int, *, by_model: bool) -> Route:
+def _route(source: model.Route, hostname: str, port: int, *, by_model: bool, tls: bool) -> Route:
     route = Route(name=source.name, match=_match(source.match))
     _modify_headers(route, source.filters)
     picked = isinstance(source.action, Forward) and source.action.picked
     match source.action:
         case RequestRedirect() as redirect:
-            route.redirect = _redirect(redirect, source.match, hostname, port)
+            route.redirect = _redirect(redirect, source.match, hostname, port, tls=tls)
         case Respond(status=status):
             text = f"no valid backend behind route {source.name}\n" if status == 500 else ""
             body = DataSource(inline_string=text) if text else None
@@ -255,21 +256,24 @@ def _retries(per_try: float | None) -> RetryPolicy:
     )
 
 
-def _redirect(source: RequestRedirect, match: model.RouteMatch, hostname: str, port: int) -> RedirectAction:
-    """A redirect on the virtual host `hostname` of listener port `port`.
+def _redirect(
+    source: RequestRedirect, match: model.RouteMatch, hostname: str, port: int, *, tls: bool
+) -> RedirectAction:
+    """A redirect on the virtual host `hostname` of listener port `port`, which is HTTPS if `tls`.
 
     "If redirect scheme is not-empty, the redirect port MUST be the well-known port associated with the redirect
     scheme. [...] If redirect scheme is empty, the redirect port MUST be the Gateway Listener port." The scheme's own
     port "SHOULD NOT" be added to the Location. Without `host_redirect` Envoy keeps the Host header with its port, which
-    only an explicit `port_redirect` replaces: there it is left out on port 80 alone, where Host has no other.
+    only an explicit `port_redirect` replaces: there it is left out on port 80 (or 443) alone, where Host has no other.
     """
     host = source.hostname or ("" if hostname.startswith("*") else hostname)
-    implied = _WELL_KNOWN[source.scheme or "http"]
+    own = "https" if tls else "http"
+    implied = _WELL_KNOWN[source.scheme or own]
     target = source.port or (implied if source.scheme else port)
     action = RedirectAction(
         scheme_redirect=source.scheme or None,
         host_redirect=host,
-        port_redirect=0 if target == implied and (host or port == 80) else target,
+        port_redirect=0 if target == implied and (host or port == _WELL_KNOWN[own]) else target,
         response_code=_STATUS[source.status],
     )
     if source.path is not None:

@@ -28,7 +28,7 @@ from xds.status import DEFAULT_ADDRESS, serve_status
 
 EPILOG = """\
 The directory holds Gateway API and inference extension objects as YAML, as you would `kubectl apply` them:
-GatewayClass, Gateway, HTTPRoute, InferencePool, InferenceModel, Service, EndpointSlice, Pod, ReferenceGrant and
+GatewayClass, Gateway, HTTPRoute, InferencePool, InferenceModel, Service, EndpointSlice, Pod, Secret, ReferenceGrant and
 BackendTrafficPolicy.
 It is watched: a saved file reaches Envoy within two seconds, and one bad object leaves the others served.
 """

@@ -1,4 +1,4 @@
-"""The management server: ADS, and LDS, RDS, CDS and EDS alone, over gRPC in both variants.
+"""The management server: ADS, and LDS, RDS, CDS, EDS and SDS alone, over gRPC in both variants.
 
 Every protocol decision is in xds/stream.py, here is the I/O.
 
@@ -22,7 +22,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, group_of, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
 from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
@@ -34,6 +34,7 @@ SERVICES = {  # service -> its two methods, and the one type it is for ("": all 
     "envoy.service.endpoint.v3.EndpointDiscoveryService": ("StreamEndpoints", "DeltaEndpoints", ENDPOINT),
     "envoy.service.listener.v3.ListenerDiscoveryService": ("StreamListeners", "DeltaListeners", LISTENER),
     "envoy.service.route.v3.RouteDiscoveryService": ("StreamRoutes", "DeltaRoutes", ROUTE),
+    "envoy.service.secret.v3.SecretDiscoveryService": ("StreamSecrets", "DeltaSecrets", SECRET),
 }
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse

@@ -17,9 +17,10 @@ LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
 ROUTE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 ENDPOINT = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+SECRET = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"  # noqa: S105 - a type's name
 POOL_LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
 
-TYPES = (CLUSTER, ENDPOINT, LISTENER, ROUTE, POOL_LOAD)  # in the order they are sent: see xds/stream.py
+TYPES = (CLUSTER, ENDPOINT, SECRET, LISTENER, ROUTE, POOL_LOAD)  # in the order they are sent: see xds/stream.py
 
 # 128 bits. Cryptographic although nobody is meant to attack it: two bodies with one version would leave an Envoy on the
 # older one without a trace, and part of a body is text its author chose. 0.1 ms for the endpoints of 1,000 pods.

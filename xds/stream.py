@@ -14,19 +14,20 @@ After https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol; where i
 
 Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol#eventual-consistency-considerations):
 
-7. Clusters and endpoints go first and wait for nothing. Endpoints must not wait for the ACK of the clusters: Envoy
-   withholds it until the clusters have warmed, and they warm by their endpoints. For that reason the endpoints of every
-   cluster just sent are sent too, changed or not: for a changed cluster a delta Envoy does not ask again.
+7. Clusters, endpoints and secrets go first and wait for nothing. Endpoints must not wait for the ACK of the clusters:
+   Envoy withholds it until the clusters have warmed, and they warm by their endpoints. For that reason the endpoints of
+   every cluster just sent are sent too, changed or not: for a changed cluster a delta Envoy does not ask again.
 8. Listeners and routes wait while the client has yet to accept a new cluster: until it answers, or for HOLD.
-9. What clusters, endpoints and routes are gone is told last: when the listeners and routes that used them have been
-   accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one, so
-   nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only delta
-   can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a change).
+9. What clusters, endpoints, secrets and routes are gone is told last: when the listeners and routes that used them
+   have been accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one,
+   so nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only
+   delta can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a
+   change).
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
 
-A stream of a service for one type (LDS, RDS, CDS, EDS instead of ADS) is `only` that type, which its requests need not
-name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.
+A stream of a service for one type (LDS, RDS, CDS, EDS, SDS instead of ADS) is `only` that type, which its requests need
+not name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, TYPES, Snapshot, version_of
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, version_of
 from xds.subscription import Change, Flight, Subscription
 from xds.wire import discovery_pb2 as wire
 
 # Envoy asks for these by name, never for all of them: an empty list of names is none. SotW sends only the changed ones.
-BY_NAME = frozenset({ENDPOINT, ROUTE})
-USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE})  # what a listener or route in use may need, directly or not
+BY_NAME = frozenset({ENDPOINT, ROUTE, SECRET})
+USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE, SECRET})  # what a listener or route in use may need
 
 # Seconds to wait for an answer before the next step of make-before-break is taken all the same. Envoy answers within
 # its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.

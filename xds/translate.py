@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from envoy_data_plane.envoy.config.core.v3 import DataSource
+from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import Secret, TlsCertificate
+
+from xds import model
 from xds.clusters import cluster, picker_cluster
 from xds.endpoints import assignment
-from xds.envoy import PICKER_CLUSTER, Options, listener_name
+from xds.envoy import PICKER_CLUSTER, Options, listener_name, route_tables, secret_name
 from xds.listeners import listener
-from xds.model import Cluster, Forward, PortListener, Topology
+from xds.model import Cluster, Forward, PortListener, Topology, VirtualHost
 from xds.routes import route_configuration
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Ref, Resource, Snapshot, make_resource
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Ref, Resource, Snapshot, make_resource
 
 Weights = Mapping[str, Mapping[str, int]]  # cluster name -> hash key -> load_balancing_weight
 
@@ -25,12 +29,13 @@ def translate(topology: Topology, options: Options, weights: Weights) -> Snapsho
     return Snapshot.of(
         {
             LISTENER: [_listener(port, options) for port in topology.listeners],
-            ROUTE: [_routes(port) for port in topology.listeners],
+            ROUTE: [_routes(*table, port) for port in topology.listeners for table in route_tables(port)],
+            SECRET: [_secret(each) for each in topology.secrets],
             CLUSTER: [_cluster(c) for c in topology.clusters]
             + [make_resource(CLUSTER, PICKER_CLUSTER, bytes(picker_cluster(options)))],
             ENDPOINT: [_endpoints(c, weights) for c in topology.clusters],
         },
-        {group: [listener_name(p.port, p.group) for p in topology.listeners if p.group == group] for group in groups},
+        {group: [listener_name(port) for port in topology.listeners if port.group == group] for group in groups},
     )
 
 
@@ -47,16 +52,26 @@ def with_loads(snapshot: Snapshot, loads: Mapping[str, bytes]) -> Snapshot:
 
 
 def _listener(port: PortListener, options: Options) -> Resource:
-    name = listener_name(port.port, port.group)
-    body = bytes(listener(port.port, port.group, options))
-    return make_resource(LISTENER, name, body, refs=[(ROUTE, name), (CLUSTER, PICKER_CLUSTER)])
+    refs = [(ROUTE, name) for name, _ in route_tables(port)] + [(CLUSTER, PICKER_CLUSTER)]
+    secrets = sorted({secret_name(ref) for chain in port.chains for ref in chain.certificates})
+    refs += [(SECRET, name) for name in secrets]
+    return make_resource(LISTENER, listener_name(port), bytes(listener(port, options)), refs)
 
 
-def _routes(port: PortListener) -> Resource:
-    actions = [route.action for host in port.virtual_hosts for route in host.routes]
+def _routes(table: str, hosts: tuple[VirtualHost, ...], port: PortListener) -> Resource:
+    actions = [route.action for host in hosts for route in host.routes]
     names = {name for action in actions if isinstance(action, Forward) for name, _, _ in action.clusters if name}
     refs: list[Ref] = [(CLUSTER, name) for name in sorted(names)]
-    return make_resource(ROUTE, listener_name(port.port, port.group), bytes(route_configuration(port)), refs=refs)
+    body = bytes(route_configuration(table, hosts, port.port, tls=bool(port.chains)))
+    return make_resource(ROUTE, table, body, refs=refs)
+
+
+def _secret(source: model.Secret) -> Resource:
+    name = secret_name(source.meta.ref)
+    pair = TlsCertificate(
+        certificate_chain=DataSource(inline_bytes=source.certificate), private_key=DataSource(inline_bytes=source.key)
+    )
+    return make_resource(SECRET, name, bytes(Secret(name=name, tls_certificate=pair)))
 
 
 def _cluster(source: Cluster) -> Resource:

@@ -699,7 +699,7 @@ def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPa
     wide = route(rule(matches=[exact("/a"), exact("/b")]), name="wide", created=old)
     narrow = [route(name=name, hostnames=[f"{name}.io"], created=new) for name in "abc"]
     late = route(rule(matches=[exact("/c"), exact("/d")]), name="late", created="2025-01-03T00:00:00Z")
-    objects = gateway(), wide, *[replace(each, rules=(rule(),)) for each in narrow], late
+    objects: list[Object] = [gateway(), wide, *[replace(each, rules=(rule(),)) for each in narrow], late]
     whole = served(*objects)
     count = sum(len(host.routes) for host in whole.listeners[0].virtual_hosts)
     assert (reasons(whole), count) == ([], 4 + 3 * 5)

@@ -14,6 +14,7 @@ from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision
 from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
 from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.wire import discovery_pb2 as wire
 
 
 class MemoryLink(Link):
@@ -138,6 +139,9 @@ def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
     assert kind(client.nack(link.responses.popleft())) is Kind.NACK
     assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
     assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    if peer is DeltaPeer:
+        claim = dict.fromkeys(map(str, range(MAX_NAMES + 1)), "1")
+        assert kind(wire.DeltaDiscoveryRequest(type_url=CLUSTER, initial_resource_versions=claim)) is Kind.EXCESS
     client.names = {ENDPOINT: {"a"}}
     link.stream = link._open()
     assert kind(client.reconnect()[0] if peer is DeltaPeer else client.repeat(ENDPOINT)) is Kind.RECONNECT

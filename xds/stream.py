@@ -50,8 +50,8 @@ USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE, SECRET})  # what a listene
 # its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.
 HOLD = 20.0
 
-# Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
-# client could add as many with each request.
+# Names one subscription may hold, and a client may say it holds: 30 MB. A request of 4 MiB (the server's limit) can name
+# about as many; without a bound a client could add as many with each request.
 MAX_NAMES = 100_000
 
 MAX_MESSAGE = 2_000  # characters kept of a client's reason
@@ -296,7 +296,8 @@ class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse
         type_url, sub = self._asked(request.type_url)
         if sub is None:
             return Received(Kind.UNKNOWN_TYPE, type_url)
-        if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
+        most = max(len(sub.names) + len(request.resource_names_subscribe), len(request.initial_resource_versions))
+        if most > MAX_NAMES:
             return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None

@@ -119,6 +119,7 @@ PATTERNS = (
 PATTERN_WORDS = (
     *(b"(?:", b"{2,}", b"{1000}", b"[^", b"(?P<a>", "(?P<é>".encode(), rb"\b", b"*?", b"|", b"(?i", b")", b"]", b"["),
     *(rb"\x", rb"\p{L}", rb"\C", rb"\Q", rb"\E", b"(?U)", b"(?m)", b"{,5}", b"{0}", b"^", b"$", "é".encode()),
+    "[\0-\U0010ffff]".encode(),
 )
 RE2 = re2.Options()
 RE2.log_errors = False

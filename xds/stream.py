@@ -50,7 +50,7 @@ USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE, SECRET})  # what a listene
 # its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.
 HOLD = 20.0
 
-# Names one subscription may hold, and a client may say it holds: 30 MB. A request of 4 MiB (the server's limit) can name
+# Names one subscription may hold, and a client may say it holds: 30 MB. A request of 4 MiB (the server's limit) names
 # about as many; without a bound a client could add as many with each request.
 MAX_NAMES = 100_000
 

@@ -51,6 +51,12 @@ def test_a_broken_document_costs_no_other(broken: str) -> None:
     assert bad.message
 
 
+def test_lines_are_those_of_an_editor() -> None:
+    """Other characters that YAML takes for the end of a line end none; a CRLF is one end."""
+    text = "é: \u20281\r\n---\r\n\r\x85\r\na: 1\n---\n\r\r: \n---\nb: [\n"
+    assert [each.line for each in read_yaml(text)] == [2, 4, 6, 9]
+
+
 def test_a_marker_in_a_block_of_text_is_text() -> None:
     """Only --- at the start of a line ends a document."""
     assert _one("a: |\n  x\n  ---\n  y\n") == {"a": "x\n---\ny\n"}

@@ -79,6 +79,7 @@ def expand(value: object) -> Iterator[object]:
 
 
 def _read_document(text: str, line: int) -> Document | BadDocument:
+    """`line` is the first of the document. Lines end with a newline, as in editors; in YAML some other characters do."""
     builder = _Builder()
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):
@@ -86,10 +87,10 @@ def _read_document(text: str, line: int) -> Document | BadDocument:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         message = ": ".join(filter(None, (error.context, error.problem)))
-        return BadDocument(line + (mark.line if mark else 0), message)
+        return BadDocument(line + text.count("\n", 0, mark.index if mark else 0), message)
     except yaml.YAMLError as error:
         return BadDocument(line, str(error).splitlines()[0])
-    return Document(builder.value, line + builder.line)
+    return Document(builder.value, line + text.count("\n", 0, builder.start))
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.value: object = None
-        self.line = 0
+        self.start = 0  # index of the first character of its list or mapping
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[object, int]] = {}
 
@@ -127,7 +128,7 @@ class _Builder:
                 if len(self._open) == MAX_DEPTH:
                     raise _error(f"nested deeper than {MAX_DEPTH} levels", event)
                 if not self._open and event.start_mark:
-                    self.line = event.start_mark.line
+                    self.start = event.start_mark.index
                 self._open.append(_Open([] if isinstance(event, yaml.SequenceStartEvent) else {}, event.anchor))
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
                 done = self._open.pop()

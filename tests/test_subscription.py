@@ -130,6 +130,21 @@ def test_refused_removal_is_not_repeated() -> None:
     assert send(sub, {}) is None
 
 
+def test_absent_names_are_forgotten_with_their_subscription() -> None:
+    """Beside a wildcard they are still wanted, but what does not exist is remembered only for who asks for it."""
+    sub = opened("*", "a", "gone", full_state=True)
+    send(sub, world(a="1"))
+    sub.acked()
+    assert sub.held == {**world(a="1"), "gone": None}
+    for name in ("b", "c"):
+        sub.set_names(["*", "a", name])
+        assert send(sub, world(a="1")) == Change({}, frozenset({name}))
+        sub.acked()
+    assert sub.held == {**world(a="1"), "c": None}
+    sub.set_names(["*", "c"])
+    assert send(sub, world(a="1")) is None
+
+
 def test_refused_full_state_is_not_repeated() -> None:
     """It says what the client holds whether that was owed or not: refused with no more in it, it has said it all."""
     sub, resources = opened("a", full_state=True), world(a="1")

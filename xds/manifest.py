@@ -79,7 +79,7 @@ def expand(value: object) -> Iterator[object]:
 
 
 def _read_document(text: str, line: int) -> Document | BadDocument:
-    """`line` is the first of the document. Lines end with a newline, as in editors; in YAML some other characters do."""
+    """`line` is its first one. Lines end with a newline, as in editors; in YAML some other characters do too."""
     builder = _Builder()
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):

@@ -157,6 +157,9 @@ class Subscription:
 
     def _forget_unwanted(self) -> None:
         self._clean = None
+        # Beside a wildcard too, or a client could have any number of names told to be absent.
+        for name in [name for name, resource in self.held.items() if resource is None and name not in self.names]:
+            del self.held[name]
         for memory in (self.held, self.refused):
             for name in [name for name in memory if not self.wants(name)]:
                 del memory[name]

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ PRODUCT = tuple(str(ROOT / name) for name in ("xds", "picker", "bootstrap"))
 LONGEST = 32 * 1024  # bytes of an input that is kept: what breaks a parser is small, and small is fast
 LARGE = 1 << 20  # bytes of an inflated input: long enough to tell n from n squared
 LARGE_EVERY = 400  # inputs for one inflated: they take as long as the others together
-MOST_STACKED = 8  # changes made to one input before it is tried
+ALWAYS_TRACED, TRACED = 300, 8  # the first inputs, then one of so many: a trace doubles the time, and finds ever less
 MINIMISE = 2.0  # seconds of CPU to make a finding smaller
 
 Run = Callable[[bytes], Iterable[Hashable]]  # an input -> what it came to, in few words: a new one is worth keeping
@@ -124,10 +124,10 @@ def fuzz(target: Target, random: Random, *, seconds: float = float("inf"), input
         pending = list(target.seeds)
         while result.inputs < inputs and (pending or time.process_time() < end):
             seed = bool(pending)
-            data = pending.pop() if pending else _change(target, random, corpus)
+            data = pending.pop() if pending else _next(target, random, corpus)
             result.inputs += 1
             before = lines.seen, len(outcomes)
-            with lines.traced():
+            with lines.traced() if result.inputs <= ALWAYS_TRACED or result.inputs % TRACED == 0 else nullcontext():
                 took = _try(target, run, data, target.seconds, result, outcomes)
             result.slowest = max(result.slowest, took)
             if seed or (before != (lines.seen, len(outcomes)) and len(data) <= LONGEST):
@@ -149,13 +149,9 @@ def replay(target: Target, data: bytes) -> Finding | None:
     return next(iter(result.findings.values()), None)
 
 
-def _change(target: Target, random: Random, corpus: Sequence[bytes]) -> bytes:
-    data = random.choice(corpus[-16:] if random.random() < 0.5 else corpus)  # what is new has been tried least
-    for _ in range(random.randint(1, MOST_STACKED)):
-        data = target.form.mutate(random, data, corpus)
-        if len(data) > LONGEST:
-            break
-    return data
+def _next(target: Target, random: Random, corpus: Sequence[bytes]) -> bytes:
+    chosen = random.choice(corpus[-16:] if random.random() < 0.5 else corpus)  # what is new has been tried least
+    return target.form.mutate(random, chosen, corpus)
 
 
 def _try(target: Target, run: Run, data: bytes, allowed: float, result: Result, outcomes: set[Hashable]) -> float:

@@ -28,11 +28,20 @@ NUMBERS = (
 SCALARS: tuple[Any, ...] = (None, True, False, [], {}, *TEXTS, *NUMBERS)
 
 
+MOST_CHANGES = 8  # of one input before it is tried
+MOST_PLACES = 5000  # values of a script that is changed once more: copies of copies have millions
+
+
 def words(*of_format: bytes) -> Form:
     """Changes bytes; `of_format` are what it is made of."""
     pieces = (*of_format, *PIECES)
 
     def mutate(random: Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
+        for _ in range(random.randint(1, MOST_CHANGES)):
+            data = change(random, data, corpus)
+        return data
+
+    def change(random: Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
         start = random.randrange(len(data) + 1)
         end = min(len(data), start + random.choice((0, 0, 1, 1, 2, 8, 64)))
         match random.randrange(7):
@@ -76,15 +85,19 @@ def _tree(random: Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
         return _bytes(random, random.choice(corpus), corpus)
     if random.random() < 0.03:
         return _bytes(random, data, corpus)
+    for _ in range(random.randint(1, MOST_CHANGES)):
+        places = _places(value)
+        value = _changed(random, value, places, corpus)
+        if len(places) >= MOST_PLACES:
+            break
     try:
-        return json.dumps(change(random, value, corpus)).encode()
+        return json.dumps(value).encode()
     except (ValueError, RecursionError):  # an integer, or a nesting, beyond what Python prints
         return data
 
 
-def change(random: Random, value: Any, corpus: Sequence[bytes] = ()) -> Any:
-    """The value with one thing in it changed; `value` itself may be changed."""
-    places = list(_places(value))
+def _changed(random: Random, value: Any, places: list[Any], corpus: Sequence[bytes]) -> Any:
+    """The value, with what is in one of its places changed."""
     container, key = random.choice(places) if places else (None, None)
     if container is None:
         return random.choice(SCALARS)
@@ -146,11 +159,18 @@ def _similar(random: Random, value: Any) -> Any:
     return random.choice(SCALARS)
 
 
-def _places(value: Any) -> Any:
-    items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-    for key, each in items:
-        yield value, key
-        yield from _places(each)
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key or index) of the values within a value, of no more than some MOST_PLACES."""
+    places: list[tuple[Any, Any]] = []
+    pending = [value]
+    while pending and len(places) < MOST_PLACES:
+        container = pending.pop()
+        if isinstance(container, dict | list):
+            places += [
+                (container, key) for key in (container if isinstance(container, dict) else range(len(container)))
+            ]
+            pending += container.values() if isinstance(container, dict) else container
+    return places
 
 
 def _parts(value: Any) -> Any:
@@ -185,6 +205,12 @@ _FIXED = {FIXED64: 8, FIXED32: 4}
 
 
 def _message(random: Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
+    for _ in range(random.randint(1, MOST_CHANGES)):
+        data = _field(random, data, corpus)
+    return data
+
+
+def _field(random: Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
     """Changes a protobuf message: its fields, at every depth, whatever its schema; JSON in a field as JSON."""
     fields = decode(data)
     if not fields or random.random() < 0.05:
@@ -217,7 +243,7 @@ def _payload(random: Random, kind: int, value: Any, corpus: Sequence[bytes]) -> 
         return _tree(random, value, [value])
     inner = decode(value)
     if inner and random.random() < 0.8:
-        return _message(random, value, [value, *corpus[-4:]])
+        return _field(random, value, [value, *corpus[-4:]])
     return _bytes(random, value, [value])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,12 +16,15 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yaml
 
 import bootstrap
 from bench.envoy import free_port
+from tests.apiserver import FakeApiServer
 from tests.goldens import ROOT
 from tests.test_check import WHOLE
 from xds.__main__ import COMMANDS, main
+from xds.serve import MOST_FILES
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
 OURS = ("serve", "check", "status", "bootstrap")
@@ -69,6 +73,9 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         ((), "COMMAND"),
         (("nonsense",), "invalid choice: 'nonsense'"),
         (("serve",), "--config"),
+        (("serve", "--kubernetes", "--config", "."), "--config: not allowed with argument --kubernetes"),
+        (("serve", "--config", ".", "--kubeconfig", "x"), "--kubeconfig goes with --kubernetes"),
+        (("serve", "--config", ".", "--namespace", "x"), "--namespace goes with --kubernetes"),
         (
             ("serve", "--config", ".", "--listen", "here"),
             "expected HOST:PORT with a port from 1 to 65535, found 'here'",
@@ -137,10 +144,13 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(config: Path, listen: int, status: int) -> AsyncIterator[Server]:
-    options = ("--config", str(config), "--listen", f"127.0.0.1:{listen}", "--status", f"127.0.0.1:{status}")
+async def serve(config: Path | str, listen: int, status: int, *more: str) -> AsyncIterator[Server]:
+    """From a directory, or from the API server of the kubeconfig whose path is given as text."""
+    source = ("--kubernetes", "--kubeconfig", config) if isinstance(config, str) else ("--config", str(config))
+    options = (*source, "--listen", f"127.0.0.1:{listen}", "--status", f"127.0.0.1:{status}", *more)
+    few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$@"', "sh")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "xds", "serve", *options, "--scrape-interval", "0.2"),
+        *(*few_files, sys.executable, "-m", "xds", "serve", *options, "--scrape-interval", "0.2"),
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"},
         stdin=asyncio.subprocess.DEVNULL,
@@ -175,6 +185,8 @@ async def test_serve_from_start_to_end(tmp_path: Path) -> None:
         started = await server.event("server started")
         assert started["config"] == str(tmp_path)
         assert await get("/readyz") == (200, "ready\n")
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard, MOST_FILES)  # it was started with 256
 
         write(WHOLE.replace("port: 8080", "port: 8081"))
         assert (await server.event("configuration applied"))["ports"] == [8081]
@@ -201,6 +213,50 @@ async def test_serve_from_start_to_end(tmp_path: Path) -> None:
         code, rest = await server.end()
         assert code == 0
         assert json.loads(rest[-1])["event"] == "server stopped"
+
+
+async def test_serve_from_an_api_server(tmp_path: Path) -> None:
+    """Not ready before all is read, with the verb that is missing; then it serves, also when the API server is gone."""
+    status, kubeconfig = free_port(), tmp_path / "kubeconfig"
+    async with FakeApiServer() as api, aiohttp.ClientSession() as session:
+        for document in yaml.safe_load_all(WHOLE):
+            api.store.put(document)
+        api.forbidden.add(("list", "pods"))
+        kubeconfig.write_text(api.kubeconfig())
+
+        async def get(path: str) -> tuple[int, str]:
+            async with session.get(f"http://127.0.0.1:{status}{path}") as response:
+                return response.status, await response.text()
+
+        async with serve(str(kubeconfig), free_port(), status, "--namespace", "default") as server:
+            failed = await server.event("watch failed")
+            assert (failed["resource"], failed["reason"]) == ("pods in default", "Forbidden")
+            assert 'cannot list resource "pods" in API group "" in the namespace "default"' in failed["message"]
+            assert await get("/readyz") == (503, "not ready\n")
+            api.forbidden.clear()
+            assert (await server.event("watch recovered"))["resource"] == "pods in default"
+            assert (await server.event("configuration applied"))["ports"] == [8080]
+            assert (await server.event("server started"))["config"] == api.url
+            assert await get("/readyz") == (200, "ready\n")
+            page = (await get("/metrics"))[1]
+            assert 'vllm_xds_api_objects{resource="gateways.gateway.networking.k8s.io"} 1.0' in page
+            assert 'vllm_xds_api_staleness_seconds{resource="pods"}' in page
+            await api.stop()
+            assert (await server.event("watch failed"))["reason"] == "Unreachable"
+            assert await get("/readyz") == (200, "ready\n")
+            server.process.send_signal(signal.SIGTERM)
+            code, rest = await server.end()
+        assert code == 0
+        assert json.loads(rest[-1])["event"] == "server stopped"
+
+
+async def test_serve_without_a_kubeconfig_ends_with_a_sentence(tmp_path: Path) -> None:
+    """Exit code 1 and one line with its path."""
+    missing = str(tmp_path / "missing")
+    async with serve(missing, free_port(), free_port()) as server:
+        code, lines = await server.end()
+    assert code == 1
+    assert lines == [f"vllm-xds serve: no kubeconfig at {missing}"]
 
 
 async def test_serve_without_its_directory_ends_with_a_sentence(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Index: the last good version of an object outlives what is wrong, and nothing else does."""
+"""Index and LiveIndex: the last good version of an object outlives what is wrong, and nothing else does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tls_files import CERTS
-from xds.index import Index, Reading
-from xds.model import INFERENCE_X, Config, Criticality, InferenceModel, Level, Meta, ObjectRef, Pod, Rejection
+from xds.index import Index, LiveIndex, Reading
+from xds.model import INFERENCE_X, Config, InferencePool, Level, Meta, ObjectRef, Pod, Rejection
 from xds.parse import Parsed, parse
 
 
@@ -120,22 +120,6 @@ def test_order_of_a_config() -> None:
     assert config == Index().update(Reading(documents[::-1], rejections[::-1])).config()
 
 
-def test_oldest_model_of_a_name_wins() -> None:
-    """Of InferenceModels for one model name of one pool the oldest is served; another pool is another matter."""
-
-    def model(name: str, created: str, pool: str = "p") -> Parsed:
-        meta = Meta(_ref(name, "InferenceModel"), created, source=f"f:{name}")
-        served = InferenceModel(meta, "qwen", Criticality.STANDARD, (), _ref(pool, "InferencePool"))
-        return Parsed(meta.source, meta.ref, served)
-
-    young, old = model("young", "2025-01-01T00:00:00Z"), model("old", "2024-01-01T00:00:00Z")
-    config = Index().update(Reading((young, old, model("other", "", "q")))).config()
-    assert [each.meta.ref.name for each in config.models] == ["old", "other"]
-    (conflict,) = config.rejections
-    assert (conflict.ref, conflict.reason, conflict.field) == (young.ref, "Conflicted", "spec.modelName")
-    assert conflict.message.startswith("InferenceModel default/old is older")
-
-
 def test_every_kind_reaches_its_field() -> None:
     """A parsed object of each kind is in exactly one tuple of the Config."""
     x = {"metadata": {"name": "x"}}
@@ -162,6 +146,7 @@ def test_every_kind_reaches_its_field() -> None:
         {"apiVersion": "v1", "kind": "Service", "spec": {}},
         {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"},
         {"apiVersion": "v1", "kind": "Pod"},
+        {"apiVersion": "v1", "kind": "Namespace"},
         {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -170,6 +155,8 @@ def test_every_kind_reaches_its_field() -> None:
         },
         {"apiVersion": inference, "kind": "InferencePool", "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}},
         {"apiVersion": inference, "kind": "InferenceModel", "spec": {"modelName": "m", "poolRef": {"name": "x"}}},
+        {"apiVersion": inference, "kind": "InferenceModelRewrite", "spec": {"rules": [], "poolRef": {"name": "x"}}},
+        {"apiVersion": inference, "kind": "InferenceObjective", "spec": {"poolRef": {"name": "x"}}},
     ]
     config = Index().update(Reading(tuple(parse(x | document) for document in documents))).config()
     assert config.rejections == ()
@@ -211,3 +198,64 @@ def test_served_objects_always_were_accepted(readings: list[list[Parsed]]) -> No
             assert served is (first[ref].object if ref in first else None) or served is before.objects[ref]
         bad = {each.ref for each in documents if each.rejections}
         assert bad <= {each.ref for each in index.rejections}
+
+
+# --- object by object ---
+
+
+_CHANGES = st.builds(
+    lambda make, name, ip, created: (_ref(name), make(name, ip, created)),
+    st.sampled_from([lambda n, ip, c: _pod(n, "", ip, c), lambda n, *_: _bad(n, ""), lambda *_: None]),
+    st.sampled_from("abcd"),
+    st.sampled_from(["10.0.0.1", "10.0.0.2"]),
+    st.sampled_from(["", "2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z"]),
+)
+
+
+@given(st.lists(_CHANGES, max_size=40))
+def test_live_index_is_the_index_of_the_last_documents(changes: list[tuple[ObjectRef, Parsed | None]]) -> None:
+    """After any changes one by one its Config is that of whole readings, and it says truly whether it is another."""
+    live, whole = LiveIndex(), Index()
+    documents: dict[ObjectRef, Parsed] = {}
+    for ref, document in changes:
+        before = live.config()
+        if document is None:
+            documents.pop(ref, None)
+            new = live.drop(ref)
+        else:
+            documents[ref] = document
+            new = live.put(ref, document)
+        whole = whole.update(Reading(tuple(documents.values())))
+        assert live.config() == whole.config()
+        assert new == (live.config() != before)
+        assert live.objects == whole.objects
+
+
+def test_live_index_shares_what_did_not_change() -> None:
+    """A pod that changes leaves every other kind's tuple the same object, and its own in order."""
+    live = LiveIndex()
+    pool = {"metadata": {"name": "p"}, "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}}
+    parsed = parse({"apiVersion": "inference.networking.x-k8s.io/v1alpha2", "kind": "InferencePool"} | pool)
+    assert parsed.ref is not None
+    live.put(parsed.ref, parsed)
+    for name in "cab":
+        live.put(_ref(name), _pod(name, ""))
+    before = live.config()
+    live.put(_ref("a"), _pod("a", "", "10.0.0.9"))
+    after = live.config()
+    assert after.pools is before.pools
+    assert _served(after) == ["a@10.0.0.9", "b@10.0.0.1", "c@10.0.0.1"]
+    assert _served(before)[0] == "a@10.0.0.1"
+
+
+def test_live_index_tells_pools_of_one_name_and_age_apart() -> None:
+    """The same pool in both groups: one goes, the other stays."""
+    live, refs = LiveIndex(), []
+    for group in ("inference.networking.k8s.io", INFERENCE_X):
+        ref = ObjectRef(group, "InferencePool", "default", "p")
+        live.put(ref, Parsed("", ref, InferencePool(Meta(ref), {"a": "b"}, (1,))))
+        refs.append(ref)
+    for gone, left in (refs[::-1], refs):
+        assert live.drop(gone)
+        assert [each.meta.ref for each in live.config().pools] == [left]
+        live.put(gone, Parsed("", gone, InferencePool(Meta(gone), {"a": "b"}, (1,))))

@@ -296,6 +296,19 @@ async def test_an_answer_of_another_shape(body: str) -> None:
         assert str(told.value) == f"{address} answers, but not as a management server of this version"
 
 
+async def test_nothing_of_an_answer_moves_the_cursor() -> None:
+    """Not even where only numbers and names of ours are expected."""
+    ports = [{"port": "\x1b[2J", "group": "", "routes": 0}, {"port": 1, "group": "\x1b]0;", "routes": 0}]
+
+    async def handler(_: web.BaseRequest) -> web.Response:
+        return web.json_response({**EMPTY, "ports": ports})
+
+    async with answering(handler) as address:
+        _, lines = await status(address)
+    assert "\x1b" not in "".join(lines)
+    assert " [2J;  ]0;: ports 1" in lines[0]
+
+
 async def test_another_http_server() -> None:
     """A status other than 200 is named; a redirect is not followed."""
 

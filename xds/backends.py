@@ -16,23 +16,22 @@ from xds.model import (
     CORE,
     GATEWAY,
     INFERENCE,
-    INFERENCE_X,
     BackendRef,
     Cluster,
     Config,
     Endpoint,
     EndpointSlice,
     InferencePool,
-    Level,
     ObjectRef,
     Pod,
-    Rejection,
+    PoolModels,
     Service,
     ServicePort,
     authority,
 )
+from xds.models import POOL_GROUPS, PoolKey
 
-POOL_GROUPS = (INFERENCE, INFERENCE_X)
+NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
 MAX_ENDPOINTS = 100_000  # of all clusters together, but for the last one's: a pod is in each pool that selects it
 
@@ -54,7 +53,8 @@ def service_cluster_name(namespace: str, name: str, port: int) -> str:
 class Backends:
     """Resolves the backendRefs of one Config; `clusters` fills with what was resolved (mutable, one per resolution)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
+        self._models = models
         self.clusters: dict[str, Cluster] = {}
         self._room = MAX_ENDPOINTS
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
@@ -81,6 +81,7 @@ class Backends:
         """
         ref = backend.ref
         pods = self._pods[ref.namespace]
+        models = PoolModels()
         source = (GATEWAY, "HTTPRoute", route_namespace)
         if ref.namespace != route_namespace and not is_granted(self._grants, source, ref):
             return (
@@ -93,6 +94,7 @@ class Backends:
                 return "BackendNotFound", f"{ref} does not exist"
             name = pool_cluster_name(ref.namespace, ref.name)
             build = partial(pool_cluster, name, pool, pods)
+            models = self._models.get((ref.namespace, ref.name), models)
         elif ref.kind == "Service" and ref.group == CORE:
             service = self._services.get((ref.namespace, ref.name))
             if service is None:
@@ -108,7 +110,7 @@ class Backends:
         if name not in self.clusters:
             if self._room <= 0:
                 return "TooManyEndpoints", f"other backends have {MAX_ENDPOINTS} endpoints or more: {ref} is given none"
-            self.clusters[name] = replace(build(), connect_timeout=connect, connection_idle_timeout=idle)
+            self.clusters[name] = replace(build(), models=models, connect_timeout=connect, connection_idle_timeout=idle)
             self._room -= len(self.clusters[name].endpoints)
         return self.clusters[name]
 
@@ -155,6 +157,7 @@ def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
         strategy=pool.strategy,
         http2=pool.http2,
         ref=pool.meta.ref,
+        settings=pool.settings,
     )
 
 
@@ -188,23 +191,6 @@ def service_cluster(
         endpoints=_distinct(endpoints),
         http2=port.app_protocol == "kubernetes.io/h2c",
         ref=service.meta.ref,
-    )
-
-
-def unserved_targets(config: Config) -> tuple[Rejection, ...]:
-    """Warnings for InferenceModels that ask for what this version does not do: sending another name to the pod."""
-    return tuple(
-        Rejection(
-            model.meta.ref,
-            "UnsupportedValue",
-            f"model names are passed on unchanged: requests for {model.model_name!r} are not renamed to {target!r}",
-            "spec.targetModels",
-            model.meta.source,
-            Level.WARNING,
-        )
-        for model in config.models
-        for target, _ in model.targets
-        if target != model.model_name
     )
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from watchfiles import awatch
 
-from xds.fields import printable
 from xds.index import Index, Reading
 from xds.manifest import BadDocument, Document, expand, read_json, read_yaml
-from xds.model import Config, Rejection
+from xds.model import Config, Rejection, printable
 from xds.parse import Parsed, parse
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -100,6 +99,9 @@ class DirectorySource:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.index = Index()
+
+    def __str__(self) -> str:
+        return str(self.directory)
 
     def load(self) -> Config:
         """One look, without watching; raises DirectoryError."""

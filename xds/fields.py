@@ -59,11 +59,6 @@ class FieldError(Exception):
         self.rejection = Rejection(None, reason, message, field)
 
 
-def printable(text: str) -> str:
-    """The text on one line and without what a terminal would obey, as a message may show it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def describe(value: object) -> str:
     """The value as a message shows it: a scalar as JSON, cut at `SHOWN` characters; of anything else only its type."""
     match value:

@@ -1,19 +1,21 @@
 """The last good version of every object: what is served while a file is being edited, half written or wrong.
 
-    Reading, Reading, ... --update--> Index --config--> Config
+    Reading, Reading, ... --update--> Index --config--> Config            a directory: everything, each time
+    put, drop, put, ...   ----------> LiveIndex --config--> Config        an API server: object by object
 
 - An object whose new document is rejected keeps its previous version, with the rejection.
 - An object no document names any more is gone, unless its file was unreadable, or held a document without a readable
   name: it may be the one that is missing, and a slip of the hand does not take a backend out of service.
-- Of two documents for one object the first in reading order is served; of two InferenceModels for one model name of a
-  pool the oldest (Gateway API's conflict rule).
+- Of two documents for one object the first in reading order is served.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar, cast
 
 from xds.model import (
     BackendTrafficPolicy,
@@ -23,8 +25,11 @@ from xds.model import (
     GatewayClass,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Level,
+    Namespace,
     Object,
     ObjectRef,
     Pod,
@@ -91,42 +96,101 @@ class Index:
 
     def config(self) -> Config:
         """What to serve: every kind oldest first, the rejections by file and line."""
-        ordered = sorted(self.objects.values(), key=lambda each: each.meta.age_key)
-        models, conflicts = _oldest(_of(InferenceModel, ordered))
-        return Config(
-            gateway_classes=_of(GatewayClass, ordered),
-            gateways=_of(Gateway, ordered),
-            http_routes=_of(HTTPRoute, ordered),
-            reference_grants=_of(ReferenceGrant, ordered),
-            traffic_policies=_of(BackendTrafficPolicy, ordered),
-            services=_of(Service, ordered),
-            endpoint_slices=_of(EndpointSlice, ordered),
-            pods=_of(Pod, ordered),
-            secrets=_of(Secret, ordered),
-            pools=_of(InferencePool, ordered),
-            models=models,
-            rejections=_first(sorted([*self.rejections, *conflicts], key=_order)),
-        )
+        ordered = sorted(self.objects.values(), key=_age_key)
+
+        def of(kind: type[T]) -> tuple[T, ...]:
+            return tuple(each for each in ordered if isinstance(each, kind))
+
+        return _config(of, self.rejections)
+
+
+class LiveIndex:
+    """The same, told of one object after the other (mutable); a change costs its object, not all of them.
+
+    Each kind is kept in order, and its tuple in the Config is made anew only when one of the kind has changed.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[ObjectRef, Object] = {}
+        self._rejections: dict[ObjectRef, tuple[Rejection, ...]] = {}
+        self._ordered: defaultdict[type, list[Object]] = defaultdict(list)
+        self._tuples: dict[type, tuple[Object, ...]] = {}
+
+    def put(self, ref: ObjectRef, document: Parsed) -> bool:
+        """The object as it is now; returns whether the Config is another one by that."""
+        old, new = self.objects.get(ref), document.object
+        kept = new is None and old is not None
+        rejections = tuple(map(_kept, document.rejections)) if kept else document.rejections
+        if (kept or new == old) and rejections == self._rejections.get(ref, ()):
+            return False
+        self._rejections[ref] = rejections
+        if not rejections:
+            del self._rejections[ref]
+        if new is not None and new != old:
+            self._remove(old)
+            self.objects[ref] = new
+            bisect.insort(self._ordered[type(new)], new, key=_age_key)
+            self._tuples.pop(type(new), None)
+        return True
+
+    def drop(self, ref: ObjectRef) -> bool:
+        """The object is gone; returns whether the Config is another one by that."""
+        old = self.objects.pop(ref, None)
+        self._remove(old)
+        return self._rejections.pop(ref, None) is not None or old is not None
+
+    def config(self) -> Config:
+        """What to serve, as `Index.config` would have it."""
+        return _config(self._of, [each for several in self._rejections.values() for each in several])
+
+    def _of(self, kind: type[T]) -> tuple[T, ...]:
+        if kind not in self._tuples:
+            self._tuples[kind] = tuple(self._ordered[kind])
+        return cast("tuple[T, ...]", self._tuples[kind])
+
+    def _remove(self, old: Object | None) -> None:
+        if old is None:
+            return
+        ordered = self._ordered[type(old)]
+        at = bisect.bisect_left(ordered, _age_key(old), key=_age_key)
+        while ordered[at] is not old:  # pools of both groups may have the same age and name
+            at += 1
+        del ordered[at]
+        self._tuples.pop(type(old), None)
+
+
+class _Of(Protocol):
+    """The objects of one kind, oldest first."""
+
+    def __call__(self, kind: type[T], /) -> tuple[T, ...]: ...
+
+
+def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
+    return Config(
+        gateway_classes=of(GatewayClass),
+        gateways=of(Gateway),
+        http_routes=of(HTTPRoute),
+        reference_grants=of(ReferenceGrant),
+        traffic_policies=of(BackendTrafficPolicy),
+        services=of(Service),
+        endpoint_slices=of(EndpointSlice),
+        pods=of(Pod),
+        namespaces=of(Namespace),
+        secrets=of(Secret),
+        pools=of(InferencePool),
+        models=of(InferenceModel),
+        rewrites=of(InferenceModelRewrite),
+        objectives=of(InferenceObjective),
+        rejections=_first(sorted(rejections, key=_order)),
+    )
 
 
 def _first(rejections: list[Rejection]) -> tuple[Rejection, ...]:
     return tuple(rejections if len(rejections) <= MAX_REJECTIONS else [*rejections[:MAX_REJECTIONS], TOO_MANY])
 
 
-def _of(kind: type[T], objects: Iterable[object]) -> tuple[T, ...]:
-    return tuple(each for each in objects if isinstance(each, kind))
-
-
-def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection]]:
-    """The first model, in age order, for each model name of a pool, and a rejection for each other one."""
-    served: dict[tuple[ObjectRef, str], InferenceModel] = {}
-    conflicts = []
-    for model in models:
-        winner = served.setdefault((model.pool, model.model_name), model)
-        if winner is not model:
-            message = f"{winner.meta.ref} is older and has this model name in {model.pool}"
-            conflicts.append(Rejection(model.meta.ref, "Conflicted", message, "spec.modelName", model.meta.source))
-    return tuple(served.values()), conflicts
+def _age_key(each: Object) -> tuple[bool, str, str]:
+    return each.meta.age_key
 
 
 def _kept(rejection: Rejection) -> Rejection:

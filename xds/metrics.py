@@ -40,6 +40,19 @@ class Metrics:
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
         )
         self.resources = Gauge("vllm_xds_resources", "Resources in the snapshot.", ["type"], registry=r)
+        # API server
+        self.lists = Counter(
+            "vllm_xds_api_lists",
+            "Times all objects of a resource were listed, by why (see xds/reflector.py).",
+            ["resource", "reason"],
+            registry=r,
+        )
+        self.api_failures = Counter(
+            "vllm_xds_api_failures",
+            "Lists and watches that were refused, broke off or did not answer in time.",
+            ["resource", "reason"],
+            registry=r,
+        )
         # protocol
         self.streams = Gauge("vllm_xds_streams", "Open xDS streams.", ["variant"], registry=r)
         self.requests = Counter(
@@ -102,3 +115,30 @@ class EndpointCollector(Collector):
             if state.in_flight is not None:
                 in_flight.add_metric(names, state.in_flight)
         yield from (weight, age, running, waiting, kv_usage, in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceState:
+    """What one resource's series say: `staleness` is seconds since the API server last showed it to be current."""
+
+    resource: str
+    objects: int
+    staleness: float
+
+
+class ResourceCollector(Collector):
+    """Series of each resource of the API server, made from the state when they are asked for."""
+
+    def __init__(self, states: Callable[[], Iterable[ResourceState]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["resource"]
+        objects = GaugeMetricFamily("vllm_xds_api_objects", "Objects known of the API server.", labels=labels)
+        staleness = GaugeMetricFamily(
+            "vllm_xds_api_staleness_seconds", "Since a list, an event or a bookmark of it came.", labels=labels
+        )
+        for state in self._states():
+            objects.add_metric([state.resource], state.objects)
+            staleness.add_metric([state.resource], state.staleness)
+        yield from (objects, staleness)

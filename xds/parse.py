@@ -21,19 +21,23 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     Level,
     Meta,
     Object,
     ObjectRef,
     Rejection,
 )
-from xds.parse_core import read_endpoint_slice, read_pod, read_secret, read_service
+from xds.parse_core import read_endpoint_slice, read_namespace, read_pod, read_secret, read_service
 from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_grant, read_traffic_policy
-from xds.parse_inference import read_model, read_pool, read_pool_x
+from xds.parse_inference import read_model, read_objective, read_pool, read_pool_x, read_rewrite
 from xds.parse_route import read_http_route
 
 MAX_NOTES = 32  # rejections of one object: a route can have thousands of filters that are none of ours
 MAX_UNKNOWN = 16  # unknown fields named of one object: a person mends a few, a file of another kind has thousands
+# The annotations that are read. Of ten thousand pods all others would be kept for nothing: last-applied-configuration
+# alone is as large as its object.
+ANNOTATIONS = ("prometheus.io/", "inference.networking.x-k8s.io/", "vllm-xds/")
 
 _API_VERSION = Text("group/version", 317, re.compile(r"[a-z0-9.-]+(/[a-z0-9]+)?"))
 _KIND = Text("a kind", 63, re.compile(r"[A-Za-z][A-Za-z0-9]*"))
@@ -73,11 +77,18 @@ _KINDS = {
     (INFERENCE, "InferencePool"): _Kind(("v1",), read_pool),
     (INFERENCE_X, "InferencePool"): _Kind(("v1alpha2", "v1alpha1"), read_pool_x),
     (INFERENCE_X, "InferenceModel"): _Kind(("v1alpha2", "v1alpha1"), read_model),
+    (INFERENCE_X, "InferenceModelRewrite"): _Kind(("v1alpha2",), read_rewrite),
+    (INFERENCE_X, "InferenceObjective"): _Kind(("v1alpha2",), read_objective),
+    (LLM_D, "InferenceModelRewrite"): _Kind(("v1alpha2",), read_rewrite),
+    (LLM_D, "InferenceObjective"): _Kind(("v1alpha2",), read_objective),
     (CORE, "Service"): _Kind(("v1",), read_service, strict=False),
     (CORE, "Pod"): _Kind(("v1",), read_pod, strict=False),
+    (CORE, "Namespace"): _Kind(("v1",), read_namespace, namespaced=False, strict=False),
     (CORE, "Secret"): _Kind(("v1",), read_secret, strict=False),
     (DISCOVERY, "EndpointSlice"): _Kind(("v1",), read_endpoint_slice, strict=False),
 }
+# What a source has to read: group and kind -> its versions, the newest first, and whether it is namespaced.
+KINDS = {name: (kind.versions, kind.namespaced) for name, kind in _KINDS.items()}
 _OUR_GROUPS = frozenset({GATEWAY, ENVOY_GATEWAY, INFERENCE, INFERENCE_X})
 
 
@@ -128,7 +139,11 @@ def _read(reader: Reader, kind: _Kind, ref: ObjectRef, source: str) -> Object:
         generation=metadata.integer("generation", 0, 2**63 - 1, 0),
         source=source,
         labels=metadata.texts_by_key("labels", MAX_LABELS, LABEL_VALUE),
-        annotations=metadata.texts_by_key("annotations", MAX_LABELS, ANNOTATION),
+        annotations={
+            name: text
+            for name, text in metadata.texts_by_key("annotations", MAX_LABELS, ANNOTATION).items()
+            if name.startswith(ANNOTATIONS)
+        },
     )
     parsed = kind.read(reader, meta)
     if kind.strict:

@@ -1,4 +1,4 @@
-"""Service, EndpointSlice, Pod and Secret: of their many fields the few that say where requests can go, and as whom.
+"""Service, EndpointSlice, Pod, Namespace and Secret: of their many fields the few that say where requests can go.
 
 The limits are those of the Kubernetes API reference; Kubernetes sets none for ports of a Service or a container.
 """
@@ -11,7 +11,7 @@ from ipaddress import ip_address
 
 from xds import certificates
 from xds.fields import ANNOTATION, LABEL_VALUE, OBJECT_NAME, FieldError, Reader, Text, describe
-from xds.model import EndpointSlice, Meta, Pod, Secret, Service, ServicePort, SliceEndpoint
+from xds.model import EndpointSlice, Meta, Namespace, Pod, Secret, Service, ServicePort, SliceEndpoint
 
 MAX_PORTS = 1000  # of a Service, of a container
 MAX_CONTAINERS = 100
@@ -91,6 +91,11 @@ def read_pod(document: Reader, meta: Meta) -> Pod:
     }
     deleting = document.child("metadata").text("deletionTimestamp", ANNOTATION, "")
     return Pod(meta, ip, ready, bool(deleting), ports)
+
+
+def read_namespace(_: Reader, meta: Meta) -> Namespace:
+    """Its metadata is all that counts."""
+    return Namespace(meta)
 
 
 def read_secret(document: Reader, meta: Meta) -> Secret:

@@ -24,7 +24,6 @@ from xds.fields import (
     Reader,
     Text,
     describe,
-    printable,
 )
 from xds.model import (
     CORE,
@@ -39,6 +38,7 @@ from xds.model import (
     RouteMatch,
     RouteRule,
     ValueMatch,
+    printable,
 )
 from xds.parse_filters import BACKEND_FILTERS, RULE_FILTERS, read_filters
 

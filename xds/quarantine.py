@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+
 from xds.envoy import listener_name, route_tables, secret_name
 from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Rejection, Route, Topology, VirtualHost
 from xds.routes import route_configuration
@@ -278,7 +280,8 @@ def _pointed_at(reason: str, offer: _Offer) -> frozenset[ObjectRef]:
     found = _PLACE.search(reason)
     if found is None:
         return frozenset()
-    built = route_configuration(offer.name, offer.hosts, offer.port.port, tls=bool(offer.port.chains))
+    body = route_configuration(offer.name, offer.hosts, offer.port.port, tls=bool(offer.port.chains))
+    built = RouteConfiguration.parse(body)
     hosts = built.virtual_hosts[int(found[1]) :][:1]
     routes = [route for host in hosts for route in (host.routes[int(found[2]) :][:1] if found[2] else host.routes)]
     return frozenset(filter(None, (_owner(route.name) for route in routes)))

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from xds.backends import Backends, granted, is_granted, unserved_targets
+from xds.backends import Backends, granted, is_granted
 from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
     CORE,
@@ -32,6 +32,7 @@ from xds.model import (
     Level,
     Listener,
     MatchType,
+    Namespace,
     ObjectRef,
     ParentRef,
     PortListener,
@@ -47,6 +48,7 @@ from xds.model import (
     Topology,
     VirtualHost,
 )
+from xds.models import pool_models
 
 # Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
@@ -97,10 +99,11 @@ class _Room:
 
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
-    rejections = _Rejections(unserved_targets(config))
+    models, conflicts = pool_models(config)
+    rejections = _Rejections(conflicts)
     gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
     groups = _groups(gateways, rejections)
-    backends = Backends(config)
+    backends = Backends(config, models)
     actions = _Actions(config, backends, rejections)
     certificates = _Certificates(config, rejections)
     room = _Room(MAX_ROUTES)
@@ -148,8 +151,9 @@ def _ports(
             here.append((gateway, listener))
     ports = {number: _Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
     known = {gateway.meta.ref for gateway in config.gateways}
+    namespaces = {namespace.meta.ref.name: namespace for namespace in config.namespaces}
     for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
-        for each in _attach(route, by_gateway, ports, known, rejections):
+        for each in _attach(route, by_gateway, ports, known, namespaces, rejections):
             if not ports[each.listener.port].add(each, room):
                 message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
                 rejections.append(_about(each.route, "TooManyRoutes", message, f"spec.rules[{each.index}]"))
@@ -284,9 +288,10 @@ def _attach(
     listeners: Mapping[ObjectRef, list[tuple[Gateway, Listener]]],
     ports: Mapping[int, _Port],
     known: set[ObjectRef],
+    namespaces: Mapping[str, Namespace],
     rejections: _Rejections,
 ) -> Iterator[_Attached]:
-    """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too."""
+    """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too; `namespaces` by name."""
     for i, parent in enumerate(route.parents):
         where = f"spec.parentRefs[{i}]"
         is_gateway = (parent.ref.group, parent.ref.kind) == (GATEWAY, "Gateway")
@@ -296,7 +301,7 @@ def _attach(
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
             continue
         named = [pair for pair in listeners[parent.ref] if _named(parent, pair[1])]
-        allowed = [pair for pair in named if _allows(pair[0], pair[1], route)]
+        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, namespaces)]
         reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
         if not named:
             section = f" listener {parent.section}" if parent.section else ""
@@ -319,7 +324,7 @@ def _named(parent: ParentRef, listener: Listener) -> bool:
     return parent.section in ("", listener.name) and parent.port in (0, listener.port)
 
 
-def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
+def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, namespaces: Mapping[str, Namespace]) -> bool:
     allowed = listener.allowed
     kind = (route.meta.ref.group, route.meta.ref.kind)
     if allowed.kinds and kind not in allowed.kinds:
@@ -330,8 +335,10 @@ def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute) -> bool:
             return True
         case "Same":
             return namespace == gateway.meta.ref.namespace
-        case "Selector":  # every namespace carries this label; others need the Namespace objects
-            return allowed.selector == {"kubernetes.io/metadata.name": namespace}
+        case "Selector":
+            labels = namespaces[namespace].meta.labels if namespace in namespaces else {}
+            name = {"kubernetes.io/metadata.name": namespace}  # a label that every namespace has, told or not
+            return bool(allowed.selector) and allowed.selector.items() <= {**labels, **name}.items()
         case _:
             return False
 
@@ -503,12 +510,20 @@ class _Actions:
         clusters = [self._backends.clusters[name] for name, _, _ in shares if name]
         if not clusters:
             return Respond(500)
+        picked = [cluster for cluster in clusters if cluster.strategy is Strategy.PREFIX_CACHE]
+        asked = bool(picked) or any(cluster.models.needs_picker for cluster in clusters)
+        models = [cluster.models for cluster in clusters] if asked else []
         timeouts = (rule.timeout, *(policy.request_timeout for policy in policies))
         return Forward(
             clusters=tuple(shares),
             rewrite=rule.filters.rewrite,
             llm=any(cluster.strategy is not None for cluster in clusters),
-            picked=any(cluster.strategy is Strategy.PREFIX_CACHE for cluster in clusters),
+            picked=bool(picked),
+            asked=asked,
+            objectives=any(each.objectives for each in models),
+            refuses=any(each.closed or each.sheds for each in models),
+            renames=tuple(dict.fromkeys(each.renames for each in models if each.renames is not None)),
+            session_headers=tuple(sorted({cluster.settings.session_header for cluster in picked} - {""})),
             timeout=_first(timeouts),
             backend_timeout=rule.backend_timeout,
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),

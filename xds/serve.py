@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import ipaddress
+import resource
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from xds import debug, log, tls
 from xds.control import Control
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
+from xds.kube import KubernetesSource
+from xds.kube_client import KubeError, connect
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.resolve import CONTROLLER_NAMES
@@ -27,17 +32,37 @@ from xds.server import ManagementServer
 from xds.status import DEFAULT_ADDRESS, serve_status
 
 EPILOG = """\
-The directory holds Gateway API and inference extension objects as YAML, as you would `kubectl apply` them:
-GatewayClass, Gateway, HTTPRoute, InferencePool, InferenceModel, Service, EndpointSlice, Pod, Secret, ReferenceGrant and
-BackendTrafficPolicy.
-It is watched: a saved file reaches Envoy within two seconds, and one bad object leaves the others served.
+The objects are Gateway API's and the inference extension's: GatewayClass, Gateway, HTTPRoute, InferencePool,
+InferenceModel, InferenceModelRewrite, InferenceObjective, Service, EndpointSlice, Pod, Namespace, Secret,
+ReferenceGrant and BackendTrafficPolicy.
+
+--config DIR: YAML as you would `kubectl apply` it. The directory is watched: a saved file reaches Envoy within two
+seconds, and one bad object leaves the others served.
+
+--kubernetes: the API server's, in every version it serves; a CRD that is not installed is waited for. The credentials
+are those of the first there is: --kubeconfig, $KUBECONFIG, the pod's ServiceAccount, ~/.kube/config. The user needs
+`list` and `watch` on these resources. Nothing is served before all of them are read; from then on an API server that is
+away changes nothing. To try it:  vllm-xds serve --kubernetes --log-format console
 """
+
+GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: of 1,000 clients each takes 0.1 s, and finds nothing
+MOST_FILES = 65_536  # three for each client and pod there may be
 
 STOP_GRACE = 1.0  # seconds for streams to close: an Envoy without its server serves on, so there is nothing to wait for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="DIR", type=Path, required=True, help="directory of YAML objects, watched")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="DIR", type=Path, help="read the objects from a directory of YAML, watched")
+    source.add_argument("--kubernetes", action="store_true", help="read the objects from a Kubernetes API server")
+    parser.add_argument("--kubeconfig", metavar="FILE", help="with --kubernetes: whom to ask, and as whom")
+    parser.add_argument("--context", metavar="NAME", help="with --kubernetes: a context of the kubeconfig")
+    parser.add_argument(
+        "--namespace",
+        metavar="NAME",
+        action="append",
+        help="with --kubernetes: read only this namespace, repeatable (default: every one)",
+    )
     parser.add_argument(
         "--listen",
         metavar="HOST:PORT",
@@ -111,9 +136,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
+    raise_file_limit()
     try:
         uvloop.run(_serve(args, files))
-    except (DirectoryError, tls.TlsError, OSError, RuntimeError) as error:
+    except (DirectoryError, KubeError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
@@ -122,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
     """The TLS files to serve with. ValueError with a sentence: wrong usage."""
     ipaddress.ip_address(args.bind.replace("%", " "))  # a zone is one machine's, and this is for every Envoy
+    for name in ("kubeconfig", "context", "namespace"):
+        if getattr(args, name) and not args.kubernetes:
+            raise ValueError(f"--{name} goes with --kubernetes")
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
     for address in args.picker or ():
@@ -148,12 +177,13 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
         in_flight=reports.in_flight,
     )
-    configs = DirectorySource(args.config).configs()
 
     async def work() -> None:
-        await control.configure(await anext(configs))  # until then no request is answered
-        events.info("server started", config=str(args.config), listen=args.listen, status=args.status)
-        await control.run(configs)
+        async with _source(args, metrics) as source, aclosing(source.configs()) as configs:
+            await control.configure(await anext(configs))  # until then no request is answered
+            calm_collector()
+            events.info("server started", config=str(source), listen=args.listen, status=args.status)
+            await control.run(configs)
 
     host, port = bootstrap.split_address(args.status)
     pages = debug.pages(control)
@@ -164,6 +194,29 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
             events.info("server stopped")
         finally:
             await server.stop(STOP_GRACE)
+
+
+@asynccontextmanager
+async def _source(args: argparse.Namespace, metrics: Metrics) -> AsyncIterator[DirectorySource | KubernetesSource]:
+    if not args.kubernetes:
+        yield DirectorySource(args.config)
+        return
+    async with aclosing(await connect(args.kubeconfig or "", args.context or "")) as client:
+        yield KubernetesSource(client, metrics, args.namespace or ())
+
+
+def calm_collector() -> None:
+    """Keep collections from the 100,000 objects that are loaded by now, and from the streams, which leave no cycles."""
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
+
+
+def raise_file_limit() -> None:
+    """Let this process open the files it may: each client and each pod is one, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def until_signal(work: Coroutine[Any, Any, None]) -> None:

@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.kube import KubernetesSource
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.scrape import Scraper
@@ -95,6 +96,7 @@ class Gateway:
         self.scratch = scratch
         self.delta = delta
         self.config = scratch / "config"
+        self.source: KubernetesSource | None = None  # in place of the directory
         self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
             free_port() for _ in range(5)
         )
@@ -107,7 +109,7 @@ class Gateway:
     # --- parts ---
 
     async def start_pods(
-        self, count: int, config: EngineConfig | None = None, kind: type[SimulatedPod] = SimulatedPod
+        self, count: int, config: EngineConfig | None = None, kind: Callable[..., SimulatedPod] = SimulatedPod
     ) -> None:
         net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
         for i in range(count):
@@ -142,7 +144,8 @@ class Gateway:
             in_flight=reports.in_flight,
         )
         await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
-        self._running = asyncio.create_task(self.control.run(DirectorySource(self.config).configs()))
+        configs = (self.source or DirectorySource(self.config)).configs()
+        self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
 
     async def stop_server(self) -> None:
@@ -172,11 +175,11 @@ class Gateway:
         await envoy.ready(BOUND)
         return envoy
 
-    async def start_picker(self, *options: str) -> None:
+    async def start_picker(self, *options: str, until: str = "server connected") -> None:
         self.picker = await self._start_process(
             *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
             *("--metrics-address", "127.0.0.1:0", *options),
-            until="server connected",
+            until=until,
         )
 
     async def start_server_process(self, *options: str, until: str = "client connected") -> asyncio.subprocess.Process:
@@ -221,10 +224,11 @@ class Gateway:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
         await self.settled(clients=2)
         async with asyncio.timeout(BOUND):
-            while not await self._healthy(PICKER_CLUSTER):
+            while not await self.healthy(PICKER_CLUSTER):
                 pass  # each look is a request to Envoy's admin API
 
-    async def _healthy(self, cluster: str) -> bool:
+    async def healthy(self, cluster: str) -> bool:
+        """What Envoy's health checks find of every host of a cluster."""
         statuses = (await self.envoy.get("/clusters?format=json"))["cluster_statuses"]
         hosts = next(status["host_statuses"] for status in statuses if status["name"] == cluster)
         return all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)

@@ -55,7 +55,7 @@ class Conversation:
         self.names: dict[str, list[str]] = {}  # as last said of each type
         self.open: dict[str, Any] = {}  # type -> the response that is not answered yet
         self.refused: dict[str, tuple[Any, Any]] = {}  # type -> (snapshot, resources) of a NACK, until something else
-        self.ever_refused = False
+        self.ever_refused = self.closed = False
         self.last: dict[str, Kind] = {}
         self.outcomes: set[Hashable] = set()
 
@@ -78,8 +78,11 @@ class Conversation:
 
     def take(self, request: Any) -> None:
         """Hand over a request."""
+        if self.closed:
+            return
         type_url = request.type_url if request.type_url in TYPES else "other"
         received = self.stream.receive(request)
+        self.closed = received.kind is Kind.EXCESS
         self.outcomes.add((type_url, received.kind, self.last.get(type_url)))
         self.last[type_url] = received.kind
         assert (type_url == "other") is (received.kind is Kind.UNKNOWN_TYPE)
@@ -100,7 +103,8 @@ class Conversation:
 
     def advance(self) -> None:
         """Take what the server sends now."""
-        responses = self.stream.advance(self.snapshot, self.now)
+        kind: Any = wire.DeltaDiscoveryResponse if self.delta else wire.DiscoveryResponse
+        responses = [kind.FromString(each.encode()) for each in self.stream.advance(self.snapshot, self.now)]
         assert not self.stream.advance(self.snapshot, self.now), "a second look at the same state sends more"
         for response in responses:
             type_url = response.type_url
@@ -126,6 +130,8 @@ class Conversation:
         """From now on the client answers as it should: it is soon told everything, and then nothing more."""
         for _ in range(200):
             deadline = self.stream.deadline(self.now)
+            if self.closed:
+                return
             if self.open:
                 self.answer(None)
             elif deadline is not None:

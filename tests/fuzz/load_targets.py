@@ -9,19 +9,20 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from picker.cost import PoolLoad
 from picker.loads import decode
 from tests.fuzz.engine import Target
 from tests.fuzz.mutate import JSON, MESSAGE, words
 from tests.fuzz.script import dump, load, mapping, number, pure
 from xds.endpoints import assignment
-from xds.exposition import parse_page
+from xds.exposition import MAX_ADAPTERS, MAX_NAME, parse_page
 from xds.in_flight import MAX_ENDPOINTS, InFlight, read_report
 from xds.loads import pool_load
 from xds.model import Cluster, Endpoint, Load, Strategy
 from xds.snapshot import POOL_LOAD
 from xds.weights import BASE, MOST_DOWN, MOST_UP, STEP, Pool, Sample, weigh
 from xds.wire import discovery_pb2 as wire
-from xds.wire import load_stats_pb2
+from xds.wire import endpoint_pb2, load_stats_pb2
 
 POOL = "pool/default/p"
 PAGE = rb"""# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -44,6 +45,7 @@ vllm:inter_token_latency_seconds_sum{engine="0"} 44.0
 vllm:num_preemptions_total{engine="0"} 0.0
 vllm:prompt_tokens_total{engine="0"} 100000.0
 vllm:generation_tokens_total{engine="0"} 4000.0
+vllm:lora_requests_info{max_lora="4",running_lora_adapters="a,b",waiting_lora_adapters="c\\,d"} 1.7e+09
 process_start_time_seconds 1.7321e+09
 """
 OLD_PAGE = b"# TYPE vllm:gpu_cache_usage_perc gauge\nvllm:gpu_cache_usage_perc 0.5\nvllm:num_requests_running 1\n"
@@ -56,10 +58,16 @@ def metrics(data: bytes) -> Iterable[Hashable]:
     assert found == parse_page(data)
     if not isinstance(found, Load):
         return [str(found)]
-    values = {name: getattr(found, name) for name in Load.__slots__}
+    values = {name: getattr(found, name) for name in Load.__slots__ if not name.endswith("adapters")}
+    names = (*found.running_adapters, *found.waiting_adapters)
+    assert len(names) <= 2 * MAX_ADAPTERS
+    assert all(0 < len(name.encode()) <= 3 * MAX_NAME for name in names)
     assert all(math.isfinite(value) and value >= 0 for value in values.values())
     assert found.kv_usage <= 1
-    return [(name, math.frexp(value)[1] // 8) for name, value in values.items()]
+    return [
+        ("adapters", len(names).bit_length()),
+        *((name, math.frexp(value)[1] // 8) for name, value in values.items()),
+    ]
 
 
 def _pod(wait: float) -> dict[str, Any]:
@@ -122,23 +130,25 @@ def _publish(pool: Pool, samples: list[Sample], given: dict[str, int], now: floa
     assert assignment(cluster, given)
     report = wire.Resource(name=pool.cluster, version="1")
     report.resource.type_url, report.resource.value = POOL_LOAD, pool_load(cluster, pool, now, 1)
-    assert len(decode(report).pods) == sum(not each.draining for each in endpoints)
+    told = decode(report, POOL_LOAD)
+    assert isinstance(told, PoolLoad)
+    assert len(told.pods) == sum(not each.draining for each in endpoints)
 
 
 REPORT = load_stats_pb2.LoadStatsRequest(node=wire.Node(id="envoy"))
 for _port in (80, 81):
     _stats = REPORT.cluster_stats.add(cluster_name=POOL).upstream_locality_stats.add().upstream_endpoint_stats.add()
-    _stats.address.socket_address.address, _stats.address.socket_address.port_value = "10.0.0.0", _port
+    _socket = endpoint_pb2.SocketAddress(address="10.0.0.0", port_value=_port)
+    _stats.address = endpoint_pb2.Address(socket_address=_socket).SerializeToString()
     _stats.total_requests_in_progress = 3
 
 
 def load_reports(data: bytes) -> Iterable[Hashable]:
     """Any report is counts of a bounded number of endpoints, whose sums fit into what the picker is told."""
     try:
-        request = load_stats_pb2.LoadStatsRequest.FromString(data)
+        counts = read_report(load_stats_pb2.LoadStatsRequest.FromString(data), "pool/")
     except DecodeError:
         return ["DecodeError"]
-    counts = read_report(request, "pool/")
     assert all(name.startswith("pool/") for name in counts)
     assert sum(map(len, counts.values())) <= MAX_ENDPOINTS
     in_flight = InFlight()

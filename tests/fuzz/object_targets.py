@@ -65,7 +65,7 @@ def documents(data: bytes) -> Iterable[Hashable]:
     return outcomes
 
 
-def _told(rejection: Rejection) -> Hashable:
+def told(rejection: Rejection) -> Hashable:
     """A rejection has a reason, and is a line that can be logged and printed."""
     line = str(rejection)
     assert rejection.reason.isalnum()
@@ -101,7 +101,7 @@ def _resolve(data: bytes) -> tuple[set[Hashable], Topology]:
     config = index.config()
     topology = resolve(config)
     assert topology == resolve(config)
-    outcomes: set[Hashable] = {_told(each) for each in (*config.rejections, *topology.rejections)}
+    outcomes: set[Hashable] = {told(each) for each in (*config.rejections, *topology.rejections)}
     outcomes |= Counter(type(each).__name__ for each in config.objects).items()
     for cluster in topology.clusters:
         for endpoint in cluster.endpoints:

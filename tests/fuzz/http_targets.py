@@ -1,4 +1,6 @@
-"""HTTP: pages that pods answer, requests at the status port, and what `vllm-xds status` is answered. Real sockets."""
+"""HTTP, over real sockets: what pods and an API server answer, requests at the status port, answers to
+`vllm-xds status`.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,21 @@ import io
 import re
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import aiohttp
+from kubernetes_asyncio.client import Configuration
 
 from tests.fuzz.engine import ROOT, Run, Target
 from tests.fuzz.mutate import JSON, words
 from tests.fuzz.script import dump
 from xds import debug, show
+from xds.api_wire import Failure as ApiFailure
 from xds.control import Control
 from xds.directory import read_documents
 from xds.envoy import Options
 from xds.index import Index, Reading
+from xds.kube_client import Client
 from xds.metrics import Metrics
 from xds.scrape import Failure, Scraper, fetch, open_session
 from xds.server import ManagementServer
@@ -79,6 +85,42 @@ def scrape() -> Iterator[Run]:
         yield run
         runner.run(session.close())
         runner.run(pod.__aexit__(None, None, None))
+
+
+WATCHED = (
+    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{}\n\r\nb\r\n{"type":"X"}\r\n0\r\n\r\n',
+    b'HTTP/1.1 429 No\r\nRetry-After: 3\r\n\r\n{"kind":"Status","code":429,"message":"no","details":{}}',
+    b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic\r\nContent-Length: 2\r\n\r\n{}",
+)
+
+
+@contextmanager
+def api_server() -> Iterator[Run]:
+    """An API server answers with any bytes: values and failures, whether a document is asked for or a watch."""
+    answer = b""
+
+    async def opened(address: str) -> Client:
+        configuration = Configuration()
+        configuration.host = f"http://{address}"
+        return Client(configuration)
+
+    async def ask() -> list[Any]:
+        document = await client.get("/apis", {"limit": 1}, 1.0)
+        return [document, *[line async for line in client.lines("/apis", {"watch": "true"}, 1.0)]]
+
+    with asyncio.Runner() as runner:
+        server = answering(lambda: answer)
+        client = runner.run(opened(runner.run(server.__aenter__())))
+
+        def run(data: bytes) -> Iterable[Hashable]:
+            nonlocal answer
+            answer = data
+            found = runner.run(ask())
+            return [(each.reason, each.status) if isinstance(each, ApiFailure) else type(each) for each in found]
+
+        yield run
+        runner.run(client.aclose())
+        runner.run(server.__aexit__(None, None, None))
 
 
 QUERIES = (
@@ -213,6 +255,7 @@ def shown() -> Iterator[Run]:
 
 TARGETS = (
     Target("scrape", scrape, PAGES, words(*HTTP), short=40),
+    Target("api_server", api_server, (*WATCHED, *PAGES), words(b"{}\n", b"Retry-After: ", *HTTP), short=30),
     Target("status", status, QUERIES, words(b"&name=", b"%00", b"%ff", b"?type=Cluster", *HTTP), short=20),
     Target("shown", shown, (STATUS,), JSON, seconds_large=20, short=10),
 )

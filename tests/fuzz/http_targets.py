@@ -116,7 +116,9 @@ def api_server() -> Iterator[Run]:
             nonlocal answer
             answer = data
             found = runner.run(ask())
-            return [(each.reason, each.status) if isinstance(each, ApiFailure) else type(each) for each in found]
+            return [
+                f"{each.reason} {each.status}" if isinstance(each, ApiFailure) else str(type(each)) for each in found
+            ]
 
         yield run
         runner.run(client.aclose())

@@ -13,11 +13,11 @@ backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#ht
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from xds.backends import Backends, granted, is_granted
+from xds.hostnames import ANY_HOST, Attached, Port, Room, covers, specificity
 from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
     CORE,
@@ -41,7 +41,6 @@ from xds.model import (
     Respond,
     Route,
     RouteMatch,
-    RouteRule,
     Secret,
     Strategy,
     TlsChain,
@@ -53,23 +52,10 @@ from xds.models import pool_models
 # Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
 
-ANY_HOST = "*"
 MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
 # Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once
 # for each match, listener and hostname, and again in each virtual host its hostname covers: few objects make millions.
 MAX_ROUTES = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Attached:
-    """One rule of one route on one listener, under one hostname."""
-
-    hostname: str
-    listener: Listener
-    gateway: Gateway
-    route: HTTPRoute
-    rule: RouteRule
-    index: int
 
 
 class _Rejections:
@@ -90,13 +76,6 @@ class _Rejections:
         return tuple(self._found)
 
 
-@dataclass(slots=True)
-class _Room:
-    """How many routes there may be yet; mutable."""
-
-    routes: int
-
-
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
     models, conflicts = pool_models(config)
@@ -106,7 +85,7 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
     backends = Backends(config, models)
     actions = _Actions(config, backends, rejections)
     certificates = _Certificates(config, rejections)
-    room = _Room(MAX_ROUTES)
+    room = Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
@@ -137,7 +116,7 @@ def _ports(
     actions: _Actions,
     certificates: _Certificates,
     rejections: _Rejections,
-    room: _Room,
+    room: Room,
 ) -> Iterator[PortListener]:
     """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
     by_gateway: defaultdict[ObjectRef, list[tuple[Gateway, Listener]]] = defaultdict(list)
@@ -149,7 +128,7 @@ def _ports(
         ):
             by_gateway[gateway.meta.ref].append((gateway, listener))
             here.append((gateway, listener))
-    ports = {number: _Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
+    ports = {number: Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
     known = {gateway.meta.ref for gateway in config.gateways}
     namespaces = {namespace.meta.ref.name: namespace for namespace in config.namespaces}
     for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
@@ -172,7 +151,7 @@ def _has_room(
     listener: Listener,
     of_port: list[tuple[Gateway, Listener]],
     rejections: _Rejections,
-    room: _Room,
+    room: Room,
 ) -> bool:
     """Whether there is room for what an HTTPS listener and the port's other ones answer to each other's hostnames."""
     answers = 2 * len(of_port)
@@ -187,7 +166,7 @@ def _has_room(
 def _chain(
     pair: tuple[Gateway, Listener],
     of_port: list[tuple[Gateway, Listener]],
-    port: _Port,
+    port: Port,
     of_all: Mapping[str, VirtualHost],
     certificates: _Certificates,
 ) -> TlsChain:
@@ -200,7 +179,7 @@ def _chain(
     hosts = {hostname: of_all[hostname] for hostname in port.hostnames_of(listener)}
     for _, other in of_port:
         hostname = other.hostname or ANY_HOST
-        if other is not listener and hostname not in hosts and not _covers(hostname, listener.hostname or ANY_HOST):
+        if other is not listener and hostname not in hosts and not covers(hostname, listener.hostname or ANY_HOST):
             hosts[hostname] = VirtualHost(hostname, (Route("misdirected", RouteMatch(), Respond(421)),))
     ordered = tuple(hosts[hostname] for hostname in sorted(hosts))
     return TlsChain(listener.hostname or ANY_HOST, certificates.of(*pair), ordered)
@@ -286,11 +265,11 @@ class _Certificates:
 def _attach(
     route: HTTPRoute,
     listeners: Mapping[ObjectRef, list[tuple[Gateway, Listener]]],
-    ports: Mapping[int, _Port],
+    ports: Mapping[int, Port],
     known: set[ObjectRef],
     namespaces: Mapping[str, Namespace],
     rejections: _Rejections,
-) -> Iterator[_Attached]:
+) -> Iterator[Attached]:
     """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too; `namespaces` by name."""
     for i, parent in enumerate(route.parents):
         where = f"spec.parentRefs[{i}]"
@@ -317,7 +296,7 @@ def _attach(
             # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
             if ports[listener.port].owner(host) is listener:
                 for index, rule in enumerate(route.rules):
-                    yield _Attached(host, listener, gateway, route, rule, index)
+                    yield Attached(host, listener, gateway, route, rule, index)
 
 
 def _named(parent: ParentRef, listener: Listener) -> bool:
@@ -348,91 +327,16 @@ def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
     if not route.hostnames:
         yield listener.hostname or ANY_HOST
     for hostname in route.hostnames:
-        if not listener.hostname or _covers(listener.hostname, hostname):
+        if not listener.hostname or covers(listener.hostname, hostname):
             yield hostname
-        elif _covers(hostname, listener.hostname):
+        elif covers(hostname, listener.hostname):
             yield listener.hostname
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    """Whether every name `narrow` stands for is one of `wide`'s: equal, or under `*.suffix`, or `*`."""
-    return wide in (narrow, ANY_HOST) or (wide.startswith("*.") and narrow.removeprefix("*").endswith(wide[1:]))
-
-
-def _specificity(hostname: str) -> tuple[bool, int]:
-    """Exact before wildcard, then the longer."""
-    return (not hostname.startswith("*"), len(hostname))
-
-
-def _wider(hostname: str) -> Iterator[str]:
-    """The hostname and each that covers it, the most specific first."""
-    yield hostname
-    labels = hostname.removeprefix("*.").split(".")
-    for i in range(1, len(labels)):
-        yield "*." + ".".join(labels[i:])
-    if hostname != ANY_HOST:
-        yield ANY_HOST
-
-
-class _Port:
-    """The listeners of one port, whose hostnames differ, and the rules that are attached to them (mutable)."""
-
-    def __init__(self, listeners: Iterable[Listener]) -> None:
-        self._listeners = {listener.hostname or ANY_HOST: listener for listener in listeners}
-        self.hostnames: set[str] = set()
-        self._owned: defaultdict[str, list[str]] = defaultdict(list)
-        self._rules: defaultdict[str, list[_Attached]] = defaultdict(list)
-        self._matches: Counter[str] = Counter()  # of the rules of a hostname
-        self._covered: Counter[str] = Counter()  # virtual hosts that have the rules of a hostname
-        for hostname in self._listeners.keys() - {ANY_HOST}:
-            self._appear(hostname)
-
-    def owner(self, hostname: str) -> Listener:
-        """The most specific listener, which takes the requests for `hostname`; one of them has to cover it."""
-        return next(self._listeners[wide] for wide in _wider(hostname) if wide in self._listeners)
-
-    def add(self, attached: _Attached, room: _Room) -> bool:
-        """Attach a rule, if there is room for the routes that adds: its own, and those its hostname inherits."""
-        hostname, matches = attached.hostname, len(attached.rule.matches)
-        is_new = hostname not in self.hostnames
-        added = matches * (self._covered[hostname] + is_new)
-        if is_new:
-            added += sum(self._matches[wide] for wide in self._served_by(hostname))
-        if added > room.routes:
-            return False
-        room.routes -= added
-        if is_new:
-            self._appear(hostname)
-        self._matches[hostname] += matches
-        self._rules[hostname].append(attached)
-        return True
-
-    def rules(self, hostname: str) -> Iterator[_Attached]:
-        """Those of the hostname, and of every wider one of its listener."""
-        for wide in self._served_by(hostname):
-            yield from self._rules.get(wide, ())
-
-    def hostnames_of(self, listener: Listener) -> list[str]:
-        """Those of the virtual hosts that are a listener's own."""
-        return self._owned[listener.hostname or ANY_HOST]
-
-    def _appear(self, hostname: str) -> None:
-        self.hostnames.add(hostname)
-        self._owned[self.owner(hostname).hostname or ANY_HOST].append(hostname)
-        for wide in self._served_by(hostname):
-            self._covered[wide] += 1
-
-    def _served_by(self, hostname: str) -> Iterator[str]:
-        for wide in _wider(hostname):
-            yield wide
-            if wide in self._listeners:
-                return
 
 
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
 
 
-def _virtual_hosts(port: _Port, actions: _Actions) -> Iterator[VirtualHost]:
+def _virtual_hosts(port: Port, actions: _Actions) -> Iterator[VirtualHost]:
     """One for each hostname of a port; it also holds the rules of every wider hostname of its listener, after its own.
 
     Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
@@ -441,7 +345,7 @@ def _virtual_hosts(port: _Port, actions: _Actions) -> Iterator[VirtualHost]:
     """
     for hostname in sorted(port.hostnames):
         candidates = [
-            (_specificity(a.hostname), a, match, j)
+            (specificity(a.hostname), a, match, j)
             for a in port.rules(hostname)
             for j, match in enumerate(a.rule.matches)
         ]
@@ -458,7 +362,7 @@ def _virtual_hosts(port: _Port, actions: _Actions) -> Iterator[VirtualHost]:
         yield VirtualHost(hostname, tuple(dict.fromkeys(routes)))
 
 
-def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
+def _precedence(host: tuple[bool, int], attached: Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
     """Gateway API's order (HTTPRouteRule.matches): hostname, then exact path, longer prefix, method, headers, query.
 
     A regular expression, whose place the API leaves open, comes between exact and prefix. Ties: the older route,
@@ -493,13 +397,13 @@ class _Actions:
                 self._policies.setdefault(target, policy)
         self._decided: dict[tuple[ObjectRef, int, ObjectRef, str], Forward | RequestRedirect | Respond] = {}
 
-    def of(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def of(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         key = (attached.route.meta.ref, attached.index, attached.gateway.meta.ref, attached.listener.name)
         if key not in self._decided:
             self._decided[key] = self._decide(attached)
         return self._decided[key]
 
-    def _decide(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def _decide(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         rule = attached.rule
         if rule.filters.redirect is not None:
             return rule.filters.redirect
@@ -529,7 +433,7 @@ class _Actions:
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),
         )
 
-    def _shares(self, attached: _Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
+    def _shares(self, attached: Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
         """(cluster name or "" for an invalid reference, weight above 0, filters) of each backendRef."""
         connect = _first(policy.connect_timeout for policy in policies)
         idle = _first(policy.connection_idle_timeout for policy in policies)

@@ -184,7 +184,7 @@ def _note(target: Target, run: Run, data: bytes, error: Exception, result: Resul
 
 def _again(run: Run, data: bytes) -> float:
     began = time.thread_time()
-    run(data)
+    list(run(data))
     return time.thread_time() - began
 
 
@@ -205,7 +205,7 @@ def _minimise(run: Run, data: bytes, where: str) -> bytes:
         while start < len(data) and time.process_time() < end:
             shorter = data[:start] + data[start + size :]
             try:
-                run(shorter)
+                list(run(shorter))
             except Exception as error:
                 if _where(error) == where:
                     data = shorter

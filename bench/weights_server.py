@@ -13,6 +13,7 @@ import asyncio
 import random
 import sys
 import time
+from collections.abc import Mapping
 from ipaddress import ip_address
 
 import uvloop
@@ -104,8 +105,8 @@ async def serve(endpoints: int, pools: int, interval: float) -> None:
     quarantine.offered(weights.snapshot, served, ())
     server = ManagementServer(metrics)
 
-    def note(type_url: str, name: str, version: str, verdict: str) -> None:
-        quarantine.note(type_url, name, version, verdict)
+    def note(type_url: str, resources: Mapping[str, str], verdict: str) -> None:
+        quarantine.answered(type_url, resources, verdict)
 
     server.follow_answers(note)
     server.publish(weights.snapshot)

@@ -489,6 +489,8 @@ def test_endpoint_slice() -> None:
     document = _object("EndpointSlice")
     document["endpoints"][1]["addresses"] = ["pod.example"]
     assert _only(parse(document)).field == "endpoints[1].addresses[0]"
+    document["endpoints"][1]["addresses"] = ["fe80::1%eth0"]
+    assert _only(parse(document)).message == 'expected an IP address without a zone, found "fe80::1%eth0"'
     document["addressType"] = "FQDN"
     assert _only(parse(document)).reason == "UnsupportedValue"
 
@@ -521,7 +523,7 @@ def test_pod_without_address_and_deleting() -> None:
     pod = parse(document).object
     assert isinstance(pod, Pod)
     assert (pod.ip, pod.deleting) == ("", True)
-    for wrong in ("localhost", "fe80::1%a b"):
+    for wrong in ("localhost", "fe80::1%a b", "::1%lo"):
         document["status"]["podIP"] = wrong
         assert _only(parse(document)).message == f'expected an IP address, found "{wrong}"'
 

@@ -74,8 +74,10 @@ class _Search:
 
 
 class Quarantine:
-    """Mutable, without I/O. For each configuration `admit`, then `offered`; for each answer `note`; when that says so,
-    `review`: while it is true the configuration has to be admitted again, and served."""
+    """Mutable, without I/O. For each configuration `admit`, then `offered`; for each answer `answered`.
+
+    When that says so, `review`: while it is true the configuration has to be admitted again, and served.
+    """
 
     def __init__(self) -> None:
         self._snapshot = Snapshot.of({})  # what was offered, without any fallback
@@ -158,8 +160,18 @@ class Quarantine:
 
     # --- what Envoys say ---
 
+    def answered(self, type_url: str, resources: Mapping[str, str], verdict: str) -> bool:
+        """Take an Envoy's answer about these resources (name -> version): ACCEPTED, or its reason not to.
+
+        Returns whether there is something to review.
+        """
+        if type_url not in WATCHED:
+            return False
+        worth = [self.note(type_url, name, version, verdict) for name, version in resources.items()]
+        return any(worth)
+
     def note(self, type_url: str, name: str, version: str, verdict: str) -> bool:
-        """Take an Envoy's answer: ACCEPTED, or its reason not to. Returns whether there is something to review."""
+        """The same of one resource."""
         if type_url not in WATCHED or name not in self._snapshot.resources[type_url]:
             return False
         key = type_url, name

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import ipaddress
 import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picker as Envoy reaches it, HOST:PORT or unix:/path, repeatable (default: 127.0.0.1:18001)",
     )
     parser.add_argument(
+        "--picker-workers",
+        metavar="N",
+        type=count,
+        default=1,
+        help="each of them runs with `--workers N`: at N ports from that one on, or at PATH.0, PATH.1, ...",
+    )
+    parser.add_argument(
         "--picker-tls-sds",
         metavar="DIR",
         help="mutual TLS between Envoy and picker: where `vllm-xds bootstrap --tls-sds` wrote its files on each Envoy",
@@ -120,6 +127,13 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="the least of what is logged")
 
 
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, found {text}")
+    return int(text)
+
+
 def positive(text: str) -> float:
     """A number of seconds above 0."""
     value = float(text)
@@ -131,39 +145,43 @@ def positive(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     args.listen = args.listen or [bootstrap.DEFAULT_SERVER]
     try:
-        files = _check(args)
+        served, files = _check(args)
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
     raise_file_limit()
     try:
-        uvloop.run(_serve(args, files))
+        uvloop.run(_serve(args, served, files))
     except (DirectoryError, KubeError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
-    """The TLS files to serve with. ValueError with a sentence: wrong usage."""
-    ipaddress.ip_address(args.bind.replace("%", " "))  # a zone is one machine's, and this is for every Envoy
+def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
+    """What Envoys are told, and the TLS files to serve with. ValueError with a sentence: wrong usage."""
     for name in ("kubeconfig", "context", "namespace"):
         if getattr(args, name) and not args.kubernetes:
             raise ValueError(f"--{name} goes with --kubernetes")
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
-    for address in args.picker or ():
-        if not address.startswith("unix:/"):
-            bootstrap.split_address(address)
-        elif args.picker_tls_sds:
+    chosen = options(args)
+    for address in chosen.pickers:
+        if args.picker_tls_sds and address.startswith("unix:/"):
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
-    for text in (*(args.picker or ()), args.picker_tls_sds or ""):
+    for text in (*chosen.pickers, args.picker_tls_sds or ""):
         text.encode()  # what is no UTF-8 can not be sent to an Envoy: UnicodeEncodeError is a ValueError
-    return tls.chosen(args, args.listen)
+    return chosen, tls.chosen(args, args.listen)
 
 
-async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
+def options(args: argparse.Namespace) -> Options:
+    """What the operator says about the Envoys; every worker of every picker is one to them. ValueError, a sentence."""
+    workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
+    return Options(args.bind, tuple(chain.from_iterable(workers)), args.picker_timeout, args.picker_tls_sds)
+
+
+async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
@@ -173,7 +191,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
+        options=served,
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
         in_flight=reports.in_flight,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from xds.clusters import stand_in
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
-from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
+from xds.stream import LINGER, DeltaStream, Kind, Received, Response, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
@@ -39,7 +40,7 @@ SERVICES = {  # service -> its two methods, and the one type it is for ("": all 
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
 
-MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
+MAX_LOGGED_NAMES = 5  # resources named in a log line; of a refusal the one that is bad ends up alone in a later one
 MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
 
 FIRST_REQUEST = 30.0  # seconds a stream may be open without one: Envoy sends it together with the stream's headers
@@ -140,7 +141,10 @@ class _Client:
 
 
 class ManagementServer:
-    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
+    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`.
+
+    `linger` in seconds: how long clients keep what is gone (xds/stream.py, rule 9).
+    """
 
     def __init__(
         self,
@@ -148,15 +152,17 @@ class ManagementServer:
         identifier: str = "vllm-xds",
         clock: Callable[[], float] = time.monotonic,
         first_request: float = FIRST_REQUEST,
+        linger: float = LINGER,
     ) -> None:
         self._metrics = metrics
         self._identifier = identifier
         self._clock = clock
         self._first_request = first_request
+        self._linger = linger
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
-        self._tell: Callable[[str, str, str, str], None] = lambda *_: None
+        self._tell: Callable[[str, Mapping[str, str], str], None] = lambda *_: None
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
@@ -188,8 +194,8 @@ class ManagementServer:
         self._server = server
         return ports
 
-    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
-        """Have every client's answer about a resource told: type_url, name, version, and "" or why it is refused."""
+    def follow_answers(self, tell: Callable[[str, Mapping[str, str], str], None]) -> None:
+        """Have every client's answer told: type_url, the resources' name -> version, and "" or why they are refused."""
         self._tell = tell
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -252,11 +258,11 @@ class ManagementServer:
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
     async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(self._identifier, only)
+        stream = SotwStream(stand_in, self._identifier, only, self._linger)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
     async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = DeltaStream(self._identifier, only)
+        stream = DeltaStream(self._identifier, only, self._linger)
         await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
 
     async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -313,7 +319,7 @@ class ManagementServer:
 
     async def _send(self, client: _Client, context: grpc.aio.ServicerContext, now: float) -> None:
         """Write what the stream says, in order. While the client does not read, it is all that waits for it here."""
-        served = self._served(client)
+        served, stand_ins = self._served(client), client.stream.stand_ins
         for response in client.stream.advance(served, now):
             await context.write(response.encode())
             self._count(client, response)
@@ -321,6 +327,9 @@ class ManagementServer:
                 client.log.warning(
                     "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
                 )
+        if client.stream.stand_ins != stand_ins:
+            names = client.stream.stand_ins
+            client.log.info("stand-ins sent", clusters=len(names), names=names[:MAX_LOGGED_NAMES])
 
     # --- what operators see ---
 
@@ -348,10 +357,9 @@ class ManagementServer:
                 message=refusal.message,
             )
             if len(refusal.resources) == 1:  # of several it is not known yet which one is bad: xds/subscription.py
-                for resource, version in refusal.resources.items():
-                    self._tell(received.type_url, resource, version, refusal.message or "no reason given")
-        for resource, version in received.accepted.items():
-            self._tell(received.type_url, resource, version, "")
+                self._tell(received.type_url, refusal.resources, refusal.message or "no reason given")
+        if received.accepted:
+            self._tell(received.type_url, received.accepted, "")
 
     def _count(self, client: _Client, response: Response) -> None:
         name, size = label(response.type_url), len(response.resources)

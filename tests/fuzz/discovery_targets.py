@@ -13,6 +13,7 @@ from tests.fuzz.script import dump, mapping, number, pure, steps, text, texts
 from tests.objects import backend, config, exact, gateway, gateway_class, route, rule, service
 from tests.scenarios import FULL
 from tests.scenarios import snapshot as snapshot_of
+from xds.clusters import stand_in
 from xds.envoy import Options
 from xds.model import Topology
 from xds.quarantine import Quarantine
@@ -49,7 +50,7 @@ class Conversation:
 
     def __init__(self, delta: bool) -> None:
         self.delta = delta
-        self.stream: Any = DeltaStream("test") if delta else SotwStream("test")
+        self.stream: Any = DeltaStream("test") if delta else SotwStream(stand_in, "test")
         self.snapshot: Snapshot | None = None
         self.now = 0.0
         self.names: dict[str, list[str]] = {}  # as last said of each type

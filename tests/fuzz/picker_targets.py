@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -16,16 +14,17 @@ from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
 from picker.loads import CONFIG, LOAD, Subscription
+from picker.memory import CHUNKS
 from picker.metrics import PickerMetrics
 from picker.model_name import find_model
 from picker.models import Models, Rule, judge
-from picker.pick import MAX_CHUNKS, Pick, Picker, PoolConfig, Reason
+from picker.pick import Pick, Picker, PoolConfig, Reason
 from picker.prefix import chunk_hashes
 from picker.prompt import read_prompt
 from picker.server import FILTER, MAX_MODEL, REQUEST, PickerServer
 from picker.stateless import MAX_NODES
 from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest, ProcessingResponse
-from tests.fuzz.engine import Run, Target
+from tests.fuzz.engine import Target
 from tests.fuzz.mutate import BYTES, JSON, MESSAGE, decode, encode
 from tests.fuzz.script import dump, number, pure, steps, text, texts
 from xds.wire import discovery_pb2 as wire
@@ -68,7 +67,7 @@ def check_pick(pick: Pick, picker: Picker, pods: set[str]) -> Hashable:
         assert pick.key == f"{pick.pod}_0"
     elif pick.key is not None:
         assert len(bytes.fromhex(pick.key)) == 8
-    assert picker.chunks <= MAX_CHUNKS
+    assert picker.chunks <= CHUNKS
     assert len(picker._unknown) <= MAX_NODES
     assert all(len(state.hot) <= MAX_NODES for state in picker._pools.values())
     return pick.reason, bool(pick.pool)
@@ -141,21 +140,11 @@ def loaded_picker() -> Picker:
     return picker
 
 
-@contextmanager
-def ext_proc() -> Iterator[Run]:
+def ext_proc(data: bytes) -> Iterable[Hashable]:
     """Any message is answered, with a failure counted only if it is none of Envoy's; nothing grows by names in it."""
-
-    async def answer(data: bytes) -> tuple[ProcessingResponse, Picker, PickerMetrics]:
-        picker, metrics = loaded_picker(), PickerMetrics()
-        with capture_logs():
-            raw = await PickerServer(picker, metrics, lambda: 1.0)._process(data, None)
-        return ProcessingResponse.FromString(raw), picker, metrics
-
-    with asyncio.Runner() as runner:
-        yield lambda data: check_answer(data, *runner.run(answer(data)))
-
-
-def check_answer(data: bytes, answer: ProcessingResponse, picker: Picker, metrics: PickerMetrics) -> Iterable[Hashable]:
+    picker, metrics = loaded_picker(), PickerMetrics()
+    with capture_logs():
+        answer = ProcessingResponse.FromString(PickerServer(picker, metrics, lambda: 1.0)._process(data))
     try:
         request = ProcessingRequest.FromString(data)
     except DecodeError:
@@ -315,7 +304,7 @@ PROCESSED = (*map(_request, SEED_BODIES), *(_request(body, OTHER) for body in SE
 TARGETS = (
     Target("prompt", pure(prompt), SEED_BODIES, JSON, short=120),
     Target("models", pure(models), SEED_BODIES, JSON, short=120),
-    Target("ext_proc", ext_proc, PROCESSED, MESSAGE, short=60),
+    Target("ext_proc", pure(ext_proc), PROCESSED, MESSAGE, short=60),
     Target("loads", pure(loads), REPORTS, MESSAGE, short=80),
     Target("picks", pure(picks), (PICKS,), JSON, short=40),
 )

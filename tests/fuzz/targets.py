@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.fuzz import (
     discovery_targets,
     file_targets,
+    http2_targets,
     http_targets,
     kube_targets,
     load_targets,
@@ -20,5 +21,6 @@ MODULES = (
     http_targets,
     file_targets,
     picker_targets,
+    http2_targets,
 )
 TARGETS = {target.name: target for module in MODULES for target in module.TARGETS}

@@ -85,7 +85,10 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--config", ".", "--status", "h:0"), "expected HOST:PORT with a port from 1 to 65535, found 'h:0'"),
         (("serve", "--config", ".", "--picker", "h"), "expected HOST:PORT with a port from 1 to 65535, found 'h'"),
         (("serve", "--config", ".", "--bind", "here"), "'here' does not appear to be an IPv4 or IPv6 address"),
-        (("serve", "--config", ".", "--bind", "fe80::1%a"), "does not appear to be an IPv4 or IPv6 address"),
+        (
+            ("serve", "--config", ".", "--bind", "fe80::1%a"),
+            "expected an IP address to listen on, without a zone, found fe80::1%a",
+        ),
         (("serve", "--config", ".", "--picker", "\udcff:1"), "surrogates not allowed"),
         (("serve", "--config", ".", "--picker-tls-sds", "/\udcff"), "surrogates not allowed"),
         (("serve", "--config", ".", "--scrape-interval", "0"), "expected seconds above 0, found 0"),

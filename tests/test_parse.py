@@ -523,9 +523,9 @@ def test_pod_without_address_and_deleting() -> None:
     pod = parse(document).object
     assert isinstance(pod, Pod)
     assert (pod.ip, pod.deleting) == ("", True)
-    for wrong in ("localhost", "fe80::1%a b", "::1%lo"):
+    for wrong, expected in (("localhost", ""), ("fe80::1%a b", " without a zone"), ("::1%lo", " without a zone")):
         document["status"]["podIP"] = wrong
-        assert _only(parse(document)).message == f'expected an IP address, found "{wrong}"'
+        assert _only(parse(document)).message == f'expected an IP address{expected}, found "{wrong}"'
 
 
 @pytest.mark.parametrize(

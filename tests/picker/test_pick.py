@@ -4,6 +4,7 @@ import json
 from random import Random
 
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.memory import CHUNKS
 from picker.models import Models, Rule
 from picker.pick import Pick, Picker, PoolConfig, Reason
 from picker.prefix import chunk_hashes
@@ -258,4 +259,4 @@ def test_the_memory_is_bounded_over_all_pods() -> None:
     asked.update(PoolLoad("0", (PodLoad("0/0", kv_tokens=1 << 40),)), 0.0)
     for family in "xyz":
         asked.pick("0", body(family, size=600_000), 0.0)
-    assert asked.chunks == 3 * 256
+    assert 3 * 256 <= asked.chunks <= CHUNKS

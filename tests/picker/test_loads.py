@@ -171,7 +171,9 @@ async def test_it_reconnects_with_what_it_has() -> None:
             assert list(follower.picker.read_at()) == [POOL]
             await server.start(server.address)
             assert dict((await server.opened()).initial_resource_versions) == {POOL: "7"}
-    assert [line["event"] for line in logs] == ["server connected", "server lost"] * 2 + ["server connected"]
+    events = [line["event"] for line in logs]  # a server that is stopping may take a connection once more
+    assert len(events) >= 5
+    assert events == ["server connected", "server lost"] * (len(events) // 2) + ["server connected"]
 
 
 async def test_a_server_that_is_not_there_yet() -> None:

@@ -20,6 +20,7 @@ from xds.model import (
     Meta,
     ObjectRef,
     Pod,
+    Refused,
     Rejection,
 )
 from xds.parse import Parsed, parse
@@ -39,6 +40,12 @@ def _pod(name: str, source: str, ip: str = "10.0.0.1", created: str = "") -> Par
 def _bad(name: str, source: str) -> Parsed:
     """A document whose object is known and rejected."""
     return Parsed(source, _ref(name), None, (Rejection(_ref(name), "Invalid", "no", "spec", source),))
+
+
+def _refused(name: str, text: str) -> Parsed:
+    """The same of an object that has a status."""
+    pool = InferencePool(Meta(_ref(name), generation=len(text)), {}, ())
+    return replace(_bad(name, ""), refused=Refused(pool, "Invalid", text))
 
 
 def _nameless(source: str) -> Parsed:
@@ -144,6 +151,17 @@ def test_oldest_model_of_a_name_wins() -> None:
     (conflict,) = config.rejections
     assert (conflict.ref, conflict.reason, conflict.field) == (young.ref, "Conflicted", "spec.modelName")
     assert conflict.message.startswith("InferenceModel default/old is older")
+    (refused,) = config.refused
+    assert (refused.object, refused.reason, refused.message) == (young.object, "ModelNameInUse", conflict.message)
+
+
+def test_a_refused_version_says_what_is_served_instead() -> None:
+    """The version before it, if there is one; and it is forgotten with the next good one."""
+    first = Index().update(Reading((_refused("a", "why"),)))
+    assert [each.message for each in first.config().refused] == ["why"]
+    second = first.update(Reading((_pod("a", ""),))).update(Reading((_refused("a", "why"),)))
+    assert [each.message for each in second.config().refused] == ["why; its last good version is served"]
+    assert second.update(Reading((_pod("a", ""),))).config().refused == ()
 
 
 def test_every_kind_reaches_its_field() -> None:
@@ -185,7 +203,7 @@ def test_every_kind_reaches_its_field() -> None:
     config = Index().update(Reading(tuple(parse(x | document) for document in documents))).config()
     assert config.rejections == ()
     for name in Config.__slots__:
-        assert len(getattr(config, name)) == (name != "rejections"), name
+        assert len(getattr(config, name)) == (name not in ("rejections", "refused")), name
 
 
 _DOCUMENTS = st.builds(
@@ -217,7 +235,14 @@ def test_served_objects_always_were_accepted(readings: list[list[Parsed]]) -> No
 
 _CHANGES = st.builds(
     lambda make, name, ip, created: (_ref(name), make(name, ip, created)),
-    st.sampled_from([lambda n, ip, c: _pod(n, "", ip, c), lambda n, *_: _bad(n, ""), lambda *_: None]),
+    st.sampled_from(
+        [
+            lambda n, ip, c: _pod(n, "", ip, c),
+            lambda n, *_: _bad(n, ""),
+            lambda n, ip, c: _refused(n, ip + c),
+            lambda *_: None,
+        ]
+    ),
     st.sampled_from("abcd"),
     st.sampled_from(["10.0.0.1", "10.0.0.2"]),
     st.sampled_from(["", "2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z"]),

@@ -33,6 +33,7 @@ from xds.model import (
     ObjectRef,
     Pod,
     ReferenceGrant,
+    Refused,
     Rejection,
     Secret,
     Service,
@@ -40,6 +41,7 @@ from xds.model import (
 from xds.parse import Parsed
 
 T = TypeVar("T")
+Told = TypeVar("Told", Rejection, Refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,14 @@ class Index:
 
     objects: Mapping[ObjectRef, Object] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     def update(self, reading: Reading) -> Index:
         """The index after a whole new reading."""
         rejections = list(reading.rejections)
         objects: dict[ObjectRef, Object] = {}
         first: dict[ObjectRef, Parsed] = {}
+        refused: list[Refused] = []
         unsure = set(reading.unreadable)
         for document in reading.documents:
             ref = document.ref
@@ -83,12 +87,14 @@ class Index:
                     objects[ref] = served
                 kept = served is not None and document.object is None
                 rejections += map(_kept, document.rejections) if kept else document.rejections
+                if document.refused:
+                    refused.append(_kept(document.refused) if kept else document.refused)
         kept_files = {
             ref: each
             for ref, each in self.objects.items()
             if ref not in first and _is_below(_place(each.meta.source)[0], unsure)
         }
-        return Index(objects | kept_files, tuple(rejections))
+        return Index(objects | kept_files, tuple(rejections), tuple(refused))
 
     def config(self) -> Config:
         """What to serve: every kind oldest first, the rejections by file and line."""
@@ -97,7 +103,7 @@ class Index:
         def of(kind: type[T]) -> tuple[T, ...]:
             return tuple(each for each in ordered if isinstance(each, kind))
 
-        return _config(of, self.rejections)
+        return _config(of, self.rejections, self.refused)
 
 
 class LiveIndex:
@@ -109,6 +115,7 @@ class LiveIndex:
     def __init__(self) -> None:
         self.objects: dict[ObjectRef, Object] = {}
         self._rejections: dict[ObjectRef, tuple[Rejection, ...]] = {}
+        self._refused: dict[ObjectRef, Refused] = {}
         self._ordered: defaultdict[type, list[Object]] = defaultdict(list)
         self._tuples: dict[type, tuple[Object, ...]] = {}
 
@@ -117,11 +124,16 @@ class LiveIndex:
         old, new = self.objects.get(ref), document.object
         kept = new is None and old is not None
         rejections = tuple(map(_kept, document.rejections)) if kept else document.rejections
-        if (kept or new == old) and rejections == self._rejections.get(ref, ()):
+        refused = _kept(document.refused) if kept and document.refused else document.refused
+        told = rejections == self._rejections.get(ref, ()) and refused == self._refused.get(ref)
+        if (kept or new == old) and told:
             return False
-        self._rejections[ref] = rejections
-        if not rejections:
-            del self._rejections[ref]
+        self._rejections.pop(ref, None)
+        self._refused.pop(ref, None)
+        if rejections:
+            self._rejections[ref] = rejections
+        if refused:
+            self._refused[ref] = refused
         if new is not None and new != old:
             self._remove(old)
             self.objects[ref] = new
@@ -133,11 +145,13 @@ class LiveIndex:
         """The object is gone; returns whether the Config is another one by that."""
         old = self.objects.pop(ref, None)
         self._remove(old)
+        self._refused.pop(ref, None)
         return self._rejections.pop(ref, None) is not None or old is not None
 
     def config(self) -> Config:
         """What to serve, as `Index.config` would have it."""
-        return _config(self._of, [each for several in self._rejections.values() for each in several])
+        rejections = [each for several in self._rejections.values() for each in several]
+        return _config(self._of, rejections, self._refused.values())
 
     def _of(self, kind: type[T]) -> tuple[T, ...]:
         if kind not in self._tuples:
@@ -161,8 +175,8 @@ class _Of(Protocol):
     def __call__(self, kind: type[T], /) -> tuple[T, ...]: ...
 
 
-def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
-    models, conflicts = _oldest(of(InferenceModel))
+def _config(of: _Of, rejections: Iterable[Rejection], refused: Iterable[Refused]) -> Config:
+    models, conflicts, names_in_use = _oldest(of(InferenceModel))
     return Config(
         gateway_classes=of(GatewayClass),
         gateways=of(Gateway),
@@ -177,6 +191,7 @@ def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
         pools=of(InferencePool),
         models=models,
         rejections=tuple(sorted([*rejections, *conflicts], key=_order)),
+        refused=tuple(sorted([*refused, *names_in_use], key=lambda each: each.object.meta.ref)),
     )
 
 
@@ -184,20 +199,21 @@ def _age_key(each: Object) -> tuple[bool, str, str]:
     return each.meta.age_key
 
 
-def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection]]:
-    """The first model, in age order, for each model name of a pool, and a rejection for each other one."""
+def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection], list[Refused]]:
+    """The first model, in age order, for each model name of a pool; of each other one the rejection, and the status."""
     served: dict[tuple[ObjectRef, str], InferenceModel] = {}
-    conflicts = []
+    conflicts, refused = [], []
     for model in models:
         winner = served.setdefault((model.pool, model.model_name), model)
         if winner is not model:
             message = f"{winner.meta.ref} is older and has this model name in {model.pool}"
             conflicts.append(Rejection(model.meta.ref, "Conflicted", message, "spec.modelName", model.meta.source))
-    return tuple(served.values()), conflicts
+            refused.append(Refused(model, "ModelNameInUse", message))
+    return tuple(served.values()), conflicts, refused
 
 
-def _kept(rejection: Rejection) -> Rejection:
-    return replace(rejection, message=f"{rejection.message}; its last good version is served")
+def _kept(told: Told) -> Told:
+    return replace(told, message=f"{told.message}; its last good version is served")
 
 
 def _place(source: str) -> tuple[str, int]:

@@ -126,6 +126,30 @@ def statuses(
     return tuple(status for _, status in sorted(by_ref.items()) if _says_something(status))
 
 
+def after_envoys(found: Iterable[Status], refusals: Mapping[ObjectRef, str]) -> Iterator[Status]:
+    """The statuses when Envoys have answered: a Gateway or pool of which one refuses a resource says so, and why."""
+    for status in found:
+        if (why := refusals.get(status.ref)) is None:
+            yield status
+        else:
+            parents = tuple(
+                replace(each, conditions=_overruled(each.conditions, ACCEPTED, "RefusedByEnvoy", why))
+                for each in status.parents
+            )
+            conditions = _overruled(status.conditions, PROGRAMMED, "Invalid", why)
+            yield replace(status, conditions=conditions, parents=parents)
+
+
+def _overruled(
+    conditions: Iterable[Condition], kind: ConditionType, reason: str, message: str
+) -> tuple[Condition, ...]:
+    """With that condition False, if it is there and True."""
+    return tuple(
+        _false(kind, each.generation, reason, message) if each.type is kind and each.status == "True" else each
+        for each in conditions
+    )
+
+
 def _true(kind: ConditionType, generation: int, message: str = "", reason: str = "") -> Condition:
     return Condition(kind, "True", reason or kind.value, message, generation)
 
@@ -162,7 +186,7 @@ def _gateway_status(gateway: Gateway, attached: Counter[ListenerKey], findings: 
         programmed = _true(PROGRAMMED, generation, problems)
     else:
         programmed = _false(PROGRAMMED, generation, "Invalid", problems or "none of its listeners is served")
-    return Status(ref, generation, (accepted, programmed), listeners)
+    return Status(ref, generation, (accepted, programmed), listeners, addresses=gateway.addresses)
 
 
 def _listener_status(gateway: Gateway, listener: Listener, attached: int, findings: Findings) -> ListenerStatus:
@@ -279,8 +303,10 @@ def _referrers(judged: Iterable[_Judged], backends: Backends) -> dict[PoolName, 
         attachment = each.attachment
         namespace, gateway = attachment.route.meta.ref.namespace, attachment.gateway.meta.ref
         for backend in (backend for rule in attachment.route.rules for backend in rule.backends):
+            if backend.ref.kind != "InferencePool":
+                continue
             problem = backends.problem(backend, namespace)
-            if backend.ref.kind == "InferencePool" and (problem is None or problem[0] != "RefNotPermitted"):
+            if problem is None or problem[0] != "RefNotPermitted":
                 of_pool = found.setdefault(_name(backend.ref), {})
                 _, is_accepted = of_pool.get(gateway, ("", False))
                 of_pool[gateway] = attachment.controller, is_accepted or each.problem is None

@@ -633,7 +633,8 @@ class ParentStatus:
 class Status:
     """What is to be written to the status of `ref` as it is at `generation`: each kind has its part of the fields.
 
-    `features` are supportedFeatures of a GatewayClass. A Gateway's addresses are known to the writer alone.
+    `features` are supportedFeatures of a GatewayClass, `addresses` what a Gateway asks for: which ones it has is known
+    to the writer alone.
     """
 
     ref: ObjectRef
@@ -642,6 +643,7 @@ class Status:
     listeners: tuple[ListenerStatus, ...] = ()
     parents: tuple[ParentStatus, ...] = ()
     features: tuple[str, ...] = ()
+    addresses: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

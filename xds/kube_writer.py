@@ -1,0 +1,379 @@
+"""What is written to an API server: the Lease, and by its holder the statuses of our objects and Events.
+
+    control ── statuses, rejections ──▶ wanted ─┐
+    source ── objects as they are ────▶ live ───┴─▶ WriteQueue ─▶ patch ─▶ PATCH .../status
+                                                        ▲           Events ─▶ POST
+    Elector ─▶ the Lease ──── while it is ours ─────────┘
+
+- Level, not edge: what is written follows from what is wanted and what is there, whoever changed which. A new holder
+  looks at every object once, and writes nothing where all is said.
+- Each write ends before this replica's time in the Lease does: then it is given up, answered or not.
+- A fault of writing is a log line and a retry. Serving does not notice it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from xds.api_wire import Failure, Served
+from xds.events import event
+from xds.kube_client import MERGE, Client
+from xds.lease import ANSWER, Elector, Read, Wait, Write, read_record
+from xds.metrics import Metrics
+from xds.model import GATEWAY, ObjectRef, Rejection, Status
+from xds.status_patch import REPORTING, Address, Live, patch
+from xds.write_queue import WriteQueue
+
+WRITERS = 4  # statuses written at the same time
+WRITE = 5.0  # seconds for one answer
+LEAST = 0.2  # seconds of this replica's time that are worth beginning a write for
+RELEASE = 2.0  # seconds to give the Lease back at the end: without it the next holder waits for its duration
+MAX_EVENTS = 1000  # rejections that wait to be told: a thousand at once are a mistake somebody knows of
+EVENT_SPACING = 0.1  # seconds between two Events
+EVENT_DELAY = 5.0  # seconds before the next attempt, when nobody answers
+CONTESTED = 3  # times in a row that somebody else undoes what was written, before it is worth a line
+
+LEASES = Served("coordination.k8s.io", "v1", "Lease", "leases", namespaced=True)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`lease` is (namespace, name). `addresses` are the Gateways', beside those of the Service `service`."""
+
+    lease: tuple[str, str]
+    identity: str
+    controllers: tuple[str, ...]
+    addresses: tuple[Address, ...] = ()
+    service: ObjectRef | None = None
+
+
+def observes(service: ObjectRef | None) -> Callable[[ObjectRef], bool]:
+    """What a source has to keep for a writer with these options."""
+    return lambda ref: (ref.group, ref.kind) in REPORTING or ref == service
+
+
+class StatusWriter:
+    """Mutable, one event loop. `live` is a source's, whose changes are told to `observed`; `follow` is for control."""
+
+    def __init__(
+        self,
+        client: Client,
+        live: Mapping[ObjectRef, Live],
+        options: Options,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.options = options
+        self.elector = Elector(options.identity, jitter, clock())
+        self._client = client
+        self._live = live
+        self._metrics = metrics
+        self._clock = clock
+        self._jitter = jitter
+        self._queue = WriteQueue(jitter, clock())
+        self._wanted: dict[ObjectRef, Status] = {}
+        self._said: dict[ObjectRef, tuple[Status | None, Sequence[Address]]] = {}  # what was written last
+        # By the version that was patched, the object as the answer has it: until the source has told of a newer one.
+        self._ahead: dict[ObjectRef, tuple[str, Live]] = {}
+        self._rejections: dict[Rejection, None] = {}
+        self._events: deque[Rejection] = deque(maxlen=MAX_EVENTS)
+        self._news = asyncio.Event()  # something to write
+        self._told = asyncio.Event()  # an Event to write
+        self._leading = False  # and said so
+        self._trouble: dict[str, str] = {}  # what is being waited out -> its reason
+        namespace, name = options.lease
+        self._lease_path = f"{LEASES.path(namespace)}/{name}"
+        metrics.status_pending.set_function(lambda: len(self._queue) if self.leads else 0)
+        metrics.leader.set_function(lambda: self.leads)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this replica may write."""
+        return self.elector.leads(self._clock())
+
+    # --- what is to be said ---
+
+    def follow(self, statuses: Iterable[Status], rejections: Iterable[Rejection]) -> None:
+        """The statuses of all objects that are ours, and every rejection."""
+        wanted = {status.ref: status for status in statuses}
+        changed = [ref for ref in wanted.keys() | self._wanted.keys() if wanted.get(ref) != self._wanted.get(ref)]
+        self._wanted = wanted
+        self._add(changed)
+        before, self._rejections = self._rejections, dict.fromkeys(rejections)
+        self._tell(each for each in self._rejections if each not in before)
+
+    def observed(self, ref: ObjectRef) -> None:
+        """The object has come, changed or gone."""
+        if ref == self.options.service:
+            self._add(each for each in self._wanted if each.kind == "Gateway")
+        elif ref in self._live:
+            self._add([ref])
+        else:
+            self._said.pop(ref, None)
+            self._ahead.pop(ref, None)
+            self._queue.forget(ref)
+
+    def _add(self, refs: Iterable[ObjectRef]) -> None:
+        if self._leading:
+            for ref in refs:
+                self._queue.add(ref, self._clock())
+            self._news.set()
+
+    def _tell(self, rejections: Iterable[Rejection]) -> None:
+        """Only of what is ours: others' objects are none of our business, and neither is what we do not serve."""
+        if self._leading:
+            self._events.extend(each for each in rejections if each.ref in self._wanted)
+            self._told.set()
+
+    # --- tasks ---
+
+    async def run(self) -> None:
+        """Until cancelled; then the Lease is given back."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._elect(), name="lease")
+                group.create_task(self._write_statuses(), name="statuses")
+                group.create_task(self._write_events(), name="events")
+        finally:
+            await self._release()
+
+    async def _elect(self) -> None:
+        while True:
+            step = self.elector.next(self._clock(), datetime.now(UTC))
+            match step:
+                case Wait(seconds):
+                    await asyncio.sleep(seconds)
+                case Read():
+                    self._take(await self._client.get(self._lease_path, {}, ANSWER), step)
+                case Write():
+                    self._take(await self._send_lease(step, ANSWER), step)
+            self._report_leadership()
+
+    async def _send_lease(self, step: Write, within: float) -> object | Failure:
+        """A patch leaves its labels and annotations as they are; it is for the version that was read, as a PUT is."""
+        namespace, name = self.options.lease
+        body: dict[str, object] = {"metadata": {"resourceVersion": step.version}, "spec": step.spec}
+        if step.version:
+            return await self._client.send("PATCH", self._lease_path, body, within, MERGE)
+        body |= {"apiVersion": LEASES.api_version, "kind": LEASES.kind}
+        body["metadata"] = {"name": name, "namespace": namespace}
+        return await self._client.send("POST", LEASES.path(namespace), body, within)
+
+    def _take(self, answer: object | Failure, step: Read | Write) -> None:
+        now = self._clock()
+        if isinstance(step, Read) and isinstance(answer, Failure) and answer.status == 404:
+            self._tell_trouble("lease", None)
+            self.elector.found(None, now)
+            return
+        record = answer if isinstance(answer, Failure) else read_record(answer)
+        if isinstance(record, Failure):
+            if record.status != 409:  # another was faster
+                self._tell_trouble("lease", record)
+            self.elector.failed(now, record.retry_after)
+            return
+        self._tell_trouble("lease", None)
+        if isinstance(step, Read):
+            self.elector.found(record, now)
+        else:
+            self.elector.written(record, now)
+
+    async def _release(self) -> None:
+        """When nothing of ours is being written any more."""
+        step = self.elector.release(datetime.now(UTC))
+        self._report_leadership()
+        if step is not None and not isinstance(await self._send_lease(step, RELEASE), Failure):
+            log.info("lease released", lease=self._lease_name)
+
+    @property
+    def _lease_name(self) -> str:
+        return "/".join(self.options.lease)
+
+    def _report_leadership(self) -> None:
+        leads = self.leads
+        self._news.set()  # there is time again, or none
+        self._told.set()
+        if leads == self._leading:
+            return
+        self._leading = leads
+        if leads:
+            log.info("leadership acquired", lease=self._lease_name, identity=self.options.identity)
+            self._metrics.leader_changes.labels("acquired").inc()
+            self._queue = WriteQueue(self._jitter, self._clock())
+            self._add([*self._live])
+            self._tell(self._rejections)
+        else:
+            log.warning("leadership lost", lease=self._lease_name, holder=self.elector.holder)
+            self._metrics.leader_changes.labels("lost").inc()
+            self._events.clear()
+
+    # --- statuses ---
+
+    async def _write_statuses(self) -> None:
+        slots = asyncio.Semaphore(WRITERS)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await slots.acquire()
+                queue, ref = await self._next()
+                group.create_task(self._write_in(slots, queue, ref), name=f"status of {ref}")
+
+    async def _next(self) -> tuple[WriteQueue, ObjectRef]:
+        """The next object to look at, while this replica has the time to write; and the queue that has to be told."""
+        while True:
+            self._news.clear()
+            now = self._clock()
+            found = self._queue.next(now) if self.elector.leads(now + LEAST) else None
+            if isinstance(found, ObjectRef):
+                return self._queue, found
+            try:
+                async with asyncio.timeout(found):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+
+    async def _write_in(self, slots: asyncio.Semaphore, queue: WriteQueue, ref: ObjectRef) -> None:
+        try:
+            await self._write(queue, ref)
+        finally:
+            slots.release()
+            self._news.set()
+
+    async def _write(self, queue: WriteQueue, ref: ObjectRef) -> None:
+        live = self._newest(ref)
+        if live is None:
+            queue.gone(ref, self._clock())
+            return
+        status, addresses = self._wanted.get(ref), self._addresses()
+        body = patch(
+            ref,
+            status,
+            live,
+            f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            controllers=frozenset(self.options.controllers),
+            addresses=addresses,
+            is_others=self._is_others,
+        )
+        if body is None:
+            queue.unchanged(ref, self._clock())
+            return
+        undone = self._said.get(ref) == (status, addresses)
+        queue.sending(self._clock())
+        answer = await self._send("PATCH", f"{live.path}/status", body, MERGE)
+        now = self._clock()
+        if isinstance(answer, Failure):
+            self._failed(queue, ref, answer, now)
+            return
+        self._count(ref, "written")
+        self._tell_trouble("statuses", None)
+        self._said[ref] = status, addresses
+        if newer := _read_answer(answer, live):
+            self._ahead[ref] = live.version, newer
+        queue.written(ref, now, undone=undone)
+        if queue.contested(ref) == CONTESTED:
+            log.warning("status contested", object=str(ref))
+
+    async def _send(self, method: str, path: str, body: object, content: str = "application/json") -> object | Failure:
+        """Write it in the time that this replica has; after its process was stopped for long there is none."""
+        within = min(WRITE, self.elector.until - self._clock())
+        if within <= 0:
+            return Failure("Timeout", "the Lease is another's by now")
+        return await self._client.send(method, path, body, within, content)
+
+    def _newest(self, ref: ObjectRef) -> Live | None:
+        """As the source has it, or as our own last write left it, which the source has not told of yet."""
+        live = self._live.get(ref)
+        ahead = self._ahead.get(ref)
+        if live is not None and ahead is not None and ahead[0] == live.version:
+            return ahead[1]
+        self._ahead.pop(ref, None)
+        return live
+
+    def _addresses(self) -> tuple[Address, ...]:
+        service = self._live.get(self.options.service) if self.options.service else None
+        return (*self.options.addresses, *(service.addresses if service else ()))
+
+    def _is_others(self, parent: ObjectRef) -> bool:
+        is_gateway = (parent.group, parent.kind) == (GATEWAY, "Gateway")
+        return not is_gateway or (parent in self._live and parent not in self._wanted)
+
+    def _failed(self, queue: WriteQueue, ref: ObjectRef, failure: Failure, now: float) -> None:
+        match failure.status:
+            case 404:
+                self._count(ref, "gone")
+                queue.gone(ref, now)
+                return
+            case 409:
+                self._count(ref, "conflict")
+            case _:
+                self._count(ref, "failed")
+                self._tell_trouble("statuses", failure, ref)
+        queue.failed(ref, failure, now)
+
+    def _count(self, ref: ObjectRef, result: str) -> None:
+        self._metrics.status_writes.labels(ref.kind, result).inc()
+
+    # --- Events ---
+
+    async def _write_events(self) -> None:
+        """One after the other; what can not be told now is told later, if it is still true then."""
+        while True:
+            self._told.clear()
+            if not self._events or not self.elector.leads(self._clock() + LEAST):
+                await self._told.wait()
+                continue
+            rejection = self._events.popleft()
+            ref = rejection.ref
+            live = self._live.get(ref) if ref else None
+            if ref is None or live is None or rejection not in self._rejections:
+                continue
+            path, body = event(ref, rejection, live, self.options.identity, datetime.now(UTC))
+            answer = await self._send("POST", path, body)
+            if not isinstance(answer, Failure) or answer.status == 409:  # it is there already
+                self._metrics.events.labels("written").inc()
+                self._tell_trouble("events", None)
+                await asyncio.sleep(EVENT_SPACING)
+                continue
+            self._metrics.events.labels("failed").inc()
+            self._tell_trouble("events", answer)
+            if answer.status in (0, 429) or answer.status >= 500:
+                self._events.appendleft(rejection)
+            await asyncio.sleep(EVENT_DELAY * (1 + self._jitter()) / 2)
+
+    # --- log ---
+
+    def _tell_trouble(self, what: str, failure: Failure | None, ref: ObjectRef | None = None) -> None:
+        """Once when it begins, once when it is another one, and once when it is over."""
+        told = self._trouble.pop(what, None)
+        if failure is not None:
+            self._trouble[what] = failure.reason
+            if told != failure.reason:
+                about = {"object": str(ref)} if ref else {}
+                log.warning("write failed", what=what, reason=failure.reason, message=failure.message, **about)
+        elif told is not None:
+            log.info("write recovered", what=what, reason=told)
+
+
+def _read_answer(answer: object, before: Live) -> Live | None:
+    """The object after a patch; None if the answer is not one."""
+    match answer:
+        case {"metadata": {"resourceVersion": str(version), **rest}, **fields}:
+            status, generation = fields.get("status"), rest.get("generation")
+            return Live(
+                before.path,
+                before.api_version,
+                before.uid,
+                version,
+                generation if isinstance(generation, int) else before.generation,
+                status if isinstance(status, dict) else {},
+            )
+    return None

@@ -136,7 +136,7 @@ class Elector:
 
     def written(self, record: Record, now: float) -> None:
         """What was sent was accepted."""
-        self._record, self._is_read, self._seen_at = record, True, now
+        self._record, self._is_read = record, True
         self.holder = self.identity
         self.until = self._sent_at + TENURE
         self._not_before = now + RETRY * (0.8 + 0.2 * self._jitter())

@@ -246,7 +246,7 @@ class Phase:
 
 
 class Replica:
-    """An elector whose clock runs `rate` seconds for each true one, from anywhere, through its phases again and again."""
+    """An elector whose clock runs `rate` seconds for each true one, from anywhere, through its phases over and over."""
 
     def __init__(self, name: str, rate: float, offset: float, jitter: float, phases: list[Phase]) -> None:
         self.elector = Elector(name, lambda: jitter, offset)

@@ -30,7 +30,7 @@ from xds.lease import ANSWER, Elector, Read, Wait, Write, read_record
 from xds.metrics import Metrics
 from xds.model import GATEWAY, ObjectRef, Rejection, Status
 from xds.status_patch import REPORTING, Address, Live, patch
-from xds.write_queue import WriteQueue
+from xds.write_queue import WriteQueue, is_about_all
 
 WRITERS = 4  # statuses written at the same time
 WRITE = 5.0  # seconds for one answer
@@ -83,6 +83,7 @@ class StatusWriter:
         self._jitter = jitter
         self._queue = WriteQueue(jitter, clock())
         self._wanted: dict[ObjectRef, Status] = {}
+        self._judged = False  # `follow` was called: before that nothing is known to be wanted, or not to be
         self._said: dict[ObjectRef, tuple[Status | None, Sequence[Address]]] = {}  # what was written last
         # By the version that was patched, the object as the answer has it: until the source has told of a newer one.
         self._ahead: dict[ObjectRef, tuple[str, Live]] = {}
@@ -91,7 +92,7 @@ class StatusWriter:
         self._news = asyncio.Event()  # something to write
         self._told = asyncio.Event()  # an Event to write
         self._leading = False  # and said so
-        self._trouble: dict[str, str] = {}  # what is being waited out -> its reason
+        self._trouble: dict[tuple[str, str], str] = {}  # what is being waited out, and of whom -> its reason
         namespace, name = options.lease
         self._lease_path = f"{LEASES.path(namespace)}/{name}"
         metrics.status_pending.set_function(lambda: len(self._queue) if self.leads else 0)
@@ -108,8 +109,9 @@ class StatusWriter:
         """The statuses of all objects that are ours, and every rejection."""
         wanted = {status.ref: status for status in statuses}
         changed = [ref for ref in wanted.keys() | self._wanted.keys() if wanted.get(ref) != self._wanted.get(ref)]
-        self._wanted = wanted
+        self._wanted, self._judged = wanted, True
         self._add(changed)
+        self._news.set()
         before, self._rejections = self._rejections, dict.fromkeys(rejections)
         self._tell(each for each in self._rejections if each not in before)
 
@@ -122,6 +124,7 @@ class StatusWriter:
         else:
             self._said.pop(ref, None)
             self._ahead.pop(ref, None)
+            self._trouble.pop(("statuses", str(ref)), None)
             self._queue.forget(ref)
 
     def _add(self, refs: Iterable[ObjectRef]) -> None:
@@ -191,9 +194,11 @@ class StatusWriter:
     async def _release(self) -> None:
         """When nothing of ours is being written any more."""
         step = self.elector.release(datetime.now(UTC))
-        self._report_leadership()
-        if step is not None and not isinstance(await self._send_lease(step, RELEASE), Failure):
-            log.info("lease released", lease=self._lease_name)
+        self._leading = False
+        if step is not None:
+            answer = await self._send_lease(step, RELEASE)
+            log.info("leadership released", lease=self._lease_name, answered=not isinstance(answer, Failure))
+            self._metrics.leader_changes.labels("released").inc()
 
     @property
     def _lease_name(self) -> str:
@@ -232,7 +237,7 @@ class StatusWriter:
         while True:
             self._news.clear()
             now = self._clock()
-            found = self._queue.next(now) if self.elector.leads(now + LEAST) else None
+            found = self._queue.next(now) if self._judged and self.elector.leads(now + LEAST) else None
             if isinstance(found, ObjectRef):
                 return self._queue, found
             try:
@@ -274,7 +279,8 @@ class StatusWriter:
             self._failed(queue, ref, answer, now)
             return
         self._count(ref, "written")
-        self._tell_trouble("statuses", None)
+        for subject in _subjects(ref):
+            self._tell_trouble("statuses", None, subject)
         self._said[ref] = status, addresses
         if newer := _read_answer(answer, live):
             self._ahead[ref] = live.version, newer
@@ -308,15 +314,15 @@ class StatusWriter:
 
     def _failed(self, queue: WriteQueue, ref: ObjectRef, failure: Failure, now: float) -> None:
         match failure.status:
-            case 404:
+            case 404:  # the source will tell of it, or of where the object is now
                 self._count(ref, "gone")
-                queue.gone(ref, now)
-                return
             case 409:
                 self._count(ref, "conflict")
-            case _:
+            case status:
                 self._count(ref, "failed")
-                self._tell_trouble("statuses", failure, ref)
+                everything, kind, one = _subjects(ref)
+                subject = everything if is_about_all(failure) else kind if status == 403 else one
+                self._tell_trouble("statuses", failure, subject)
         queue.failed(ref, failure, now)
 
     def _count(self, ref: ObjectRef, result: str) -> None:
@@ -351,16 +357,21 @@ class StatusWriter:
 
     # --- log ---
 
-    def _tell_trouble(self, what: str, failure: Failure | None, ref: ObjectRef | None = None) -> None:
+    def _tell_trouble(self, what: str, failure: Failure | None, subject: str = "") -> None:
         """Once when it begins, once when it is another one, and once when it is over."""
-        told = self._trouble.pop(what, None)
+        about = {"object": subject} if subject else {}
+        told = self._trouble.pop((what, subject), None)
         if failure is not None:
-            self._trouble[what] = failure.reason
+            self._trouble[what, subject] = failure.reason
             if told != failure.reason:
-                about = {"object": str(ref)} if ref else {}
                 log.warning("write failed", what=what, reason=failure.reason, message=failure.message, **about)
         elif told is not None:
-            log.info("write recovered", what=what, reason=told)
+            log.info("write recovered", what=what, reason=told, **about)
+
+
+def _subjects(ref: ObjectRef) -> tuple[str, str, str]:
+    """Whose trouble a refusal may be: everything's, the kind's or the object's."""
+    return "", ref.kind, str(ref)
 
 
 def _read_answer(answer: object, before: Live) -> Live | None:

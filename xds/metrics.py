@@ -55,7 +55,10 @@ class Metrics:
         )
         self.leader = Gauge("vllm_xds_leader", "Whether this replica writes statuses: it holds the Lease.", registry=r)
         self.leader_changes = Counter(
-            "vllm_xds_leader_changes", "Times this replica acquired or lost the Lease.", ["result"], registry=r
+            "vllm_xds_leader_changes",
+            "Times this replica acquired, lost or released the Lease.",
+            ["result"],
+            registry=r,
         )
         self.status_writes = Counter(
             "vllm_xds_status_writes",

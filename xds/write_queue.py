@@ -4,7 +4,8 @@
 - Writes begin `PACE` apart at most, and for one object `SPACING`; each time that somebody else undoes what was written,
   the spacing doubles: of two controllers that claim one object ours does not make a war.
 - A refusal that is about one object waits for that object alone, longer each time; one that is about all of them
-  (nobody answers, too many requests, no right to) waits for all.
+  (nobody answers, too many requests) waits for all. A right that is missing is missing for a kind of objects: each of
+  them is tried again once in a while.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SPACING = 1.0  # seconds: a Gateway whose routes are rolled out counts them once
 LONGEST_SPACING = 300.0  # seconds
 FIRST_DELAY = 0.2  # seconds after a first failure; a conflict is over when the watch has told of the newer version
 LONGEST_DELAY = 60.0  # seconds
+MANY = 30  # failures in a row after which the delay is the longest, and a power of two still a float
 
 
 class WriteQueue:
@@ -73,7 +75,7 @@ class WriteQueue:
         """It was written; `undone`: the same as the last time, because somebody else has written otherwise."""
         self._pauses = 0
         self._failures.pop(ref, None)
-        self._undone[ref] = min(self._undone.get(ref, 0) + 1, 30) if undone else 0
+        self._undone[ref] = min(self._undone.get(ref, 0) + 1, MANY) if undone else 0
         self._not_before[ref] = now + min(LONGEST_SPACING, SPACING * 2 ** self._undone[ref])
         self._end(ref, now)
 
@@ -93,16 +95,16 @@ class WriteQueue:
     def failed(self, ref: ObjectRef, failure: Failure, now: float) -> None:
         """It was not written, as far as is known, and will be tried again."""
         self._busy.pop(ref, None)
-        if _is_about_all(failure):
+        if is_about_all(failure):
             self._pauses += 1
             self._ready_at = now + max(self._delay(self._pauses), min(failure.retry_after, LONGEST_DELAY))
             self._put(ref, now)
             return
         self._failures[ref] = self._failures.get(ref, 0) + 1
-        self._put(ref, now + self._delay(self._failures[ref]))
+        self._put(ref, now + self._delay(self._failures[ref] if failure.status != 403 else MANY))
 
     def _delay(self, failures: int) -> float:
-        return float(min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 30)) * (1 + self._jitter()) / 2)
+        return float(min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(failures - 1, MANY)) * (1 + self._jitter()) / 2)
 
     def _put(self, ref: ObjectRef, at: float) -> None:
         if ref not in self._due or at < self._due[ref]:
@@ -114,5 +116,6 @@ class WriteQueue:
             self.add(ref, now)
 
 
-def _is_about_all(failure: Failure) -> bool:
-    return failure.status in (0, 401, 403, 429) or failure.status >= 500
+def is_about_all(failure: Failure) -> bool:
+    """Whether any other write would have met the same."""
+    return failure.status in (0, 401, 429) or failure.status >= 500

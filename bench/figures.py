@@ -1,4 +1,7 @@
-"""Every figure of docs/benchmarks.md: `python -m bench.figures`, some four minutes. `make bench` is the same."""
+"""The figures of docs/benchmarks.md: `python -m bench.figures`, some five minutes. `make bench` is the same.
+
+Two take minutes more and are commands of their own: bench.many_clients and bench.api_scale.
+"""
 
 from __future__ import annotations
 

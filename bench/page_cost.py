@@ -1,7 +1,7 @@
 """What reading metrics pages costs: `python -m bench.page_cost [PAGE...]`.
 
 Parsing alone, ours and prometheus_client's, for pages in files or the simulated pod's; then the whole scraper with a
-pod at each of 1,000 addresses.
+pod at each of 1,000 addresses, all good ones at first, then some that hang, are slow, or have pages of 4 MB.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.envoy import free_port
 from bench.instant_pod import vllm_page
+from bench.load import percentile
 from bench.report import Table, micros, number, progress, show
 from bench.rig import RigError, pod_network, start_pods
 from xds.exposition import parse_page
@@ -30,6 +31,8 @@ from xds.model import Cluster, Endpoint, Strategy
 from xds.scrape import INTERVAL, Scraper
 
 PODS = 1_000  # of the fleet the figures are stated for
+BAD = {"hung": 100, "slow": 25, "large": 25}  # of PODS
+LOOKS = 20  # each interval at the readings' ages
 ROUNDS = 5  # of each parser, of which the best counts; intervals the whole scraper is watched
 
 
@@ -58,28 +61,36 @@ def fastest(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     return min(timer.repeat(rounds, number_of)) / number_of
 
 
-async def scraper(pods: int = PODS, interval: float = INTERVAL, rounds: int = ROUNDS) -> Table:
-    """This process's CPU while the product's scraper reads `pods` pages each `interval` seconds over HTTP."""
-    progress(f"scraping {pods:,} pods each {interval:g} s")
+async def scraper(pods: int = PODS, interval: float = INTERVAL, rounds: int = ROUNDS, **bad: int) -> tuple[str, ...]:
+    """One row: this process's CPU while the product's scraper reads `pods` pages each `interval` seconds over HTTP, and
+    how old the readings of the good pods get. `bad`: how many of the pods are of each bad kind."""
+    kinds = "".join(f", {number} {kind}" for kind, number in bad.items())
+    progress(f"scraping {pods:,} pods each {interval:g} s{kinds}")
     port, first = free_port(), pod_network()
     async with AsyncExitStack() as stack:
-        await start_pods(stack, first, pods, port)
+        await start_pods(stack, first, pods, port, **bad)
         metrics = Metrics()
         scraper = Scraper(metrics, interval)
-        scraper.set_targets([_fleet(first, pods, port)])
-        running = asyncio.create_task(scraper.run())
+        fleet = _fleet(first, pods, port)
+        good = [f"http://{ip_address(first) + index}:{port}/metrics" for index in range(pods - sum(bad.values()))]
+        scraper.set_targets([fleet])
+        running, started = asyncio.create_task(scraper.run()), time.monotonic()
         await asyncio.sleep(2 * interval)  # connections are opened in the first
         before, began, read = time.process_time(), time.perf_counter(), _pages(metrics)
-        await asyncio.sleep(rounds * interval)
+        ages: list[float] = []
+        for _ in range(rounds * LOOKS):
+            await asyncio.sleep(interval / LOOKS)
+            readings, now = scraper.readings(), time.monotonic()
+            ages += (now - max(readings[url].read_at, started) for url in good)
         cpu, elapsed, read = time.process_time() - before, time.perf_counter() - began, _pages(metrics) - read
-        failures = sum(reading.failures for reading in scraper.readings().values())
+        failing = sum(reading.failures > 0 for reading in scraper.readings().values())
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     if not read:
         raise RigError("not one page was read")
-    row = (f"{pods:,} pods each {interval:g} s", f"{read:,}", str(failures), micros(cpu / read), number(cpu / elapsed))
-    columns = ("fleet", "pages read", "pods failing", "us a page, fetched and parsed", "cores")
-    return Table("Scraping over HTTP", columns, (row,))
+    ages.sort()
+    age = (number(percentile(ages, 50)), number(ages[-1]))
+    return (f"{pods:,}{kinds}", f"{read:,}", str(failing), micros(cpu / read), number(cpu / elapsed), *age)
 
 
 def _fleet(first: str, pods: int, port: int) -> Cluster:
@@ -95,7 +106,9 @@ def _pages(metrics: Metrics) -> int:
 
 
 async def measure(pages: Mapping[str, bytes]) -> list[Table]:
-    return [parsers(pages), await scraper()]
+    columns = ("pods", "pages read", "pods failing", "us a page, fetched and parsed", "cores", "age p50 s", "oldest s")
+    rows = (await scraper(), await scraper(**BAD))
+    return [parsers(pages), Table(f"Scraping over HTTP each {INTERVAL:g} s", columns, rows)]
 
 
 def main(paths: list[str]) -> None:

@@ -110,9 +110,10 @@ def manifests(ports: dict[str, int], pod_port: int, first_pod: str, pods: int) -
     return text + "".join(each)
 
 
-async def start_pods(stack: AsyncExitStack, first: str, count: int, port: int) -> None:
-    """Instant pods as one process, listening when this returns; they end with `stack`."""
-    arguments = ("bench.instant_pod", "--bind", first, "--count", str(count), "--port", str(port))
+async def start_pods(stack: AsyncExitStack, first: str, count: int, port: int, **bad: int) -> None:
+    """Instant pods as one process, listening when this returns; they end with `stack`. `bad`: how many of each kind."""
+    kinds = tuple(f"--{kind}={number}" for kind, number in bad.items())
+    arguments = ("bench.instant_pod", "--bind", first, "--count", str(count), "--port", str(port), *kinds)
     process = await _start(stack, arguments, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None  # noqa: S101 - a pipe was asked for
     if not await process.stdout.readline():

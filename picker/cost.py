@@ -2,12 +2,18 @@
 
 For a prompt of L tokens with chunk hashes h, each pod p costs
 
-    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod
-    C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity)
+    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod; where p has seen
+        nothing of h, but the request's hint, the hint counts as one chunk
+    C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
 B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are the
 pod's last load report plus E times what this picker sent there since, E being the number of independent pickers. The
 cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+
+A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
+where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
+where every place is taken by running ones. A pod holds what its last report shows running and what it was sent last,
+`max_lora` adapters at most.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -15,7 +21,7 @@ metrics page that cannot be read. With no fresh report at all there is no cost p
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -35,7 +41,24 @@ PREFILL_RATE = (
 )
 KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
 STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
+# Tokens of prefill an adapter is worth; only their order and size matter, as vLLM says nothing of how long it takes.
+ADAPTER_LOAD = 400.0  # 50 ms at PREFILL_RATE: weights of some 100 MB from the host's memory, while the engine stands
+ADAPTER_WAITS = 1000.0  # others wait for it there: a place is being made, and it will be shared
+ADAPTER_FULL = 4000.0  # half a second: the rest of the shortest of some running answers, before a place is free
+MAX_ADAPTERS = 4096  # adapter names known of a pool: more than a page names, over all its pods
 UNKNOWN_CHUNKS = 1024  # capacity of a pod whose KV cache is unknown: 512k tokens, an 8B model on 80 GB
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What an operator may set of a pool's costs: OUTPUT, PREFILL_RATE and CN, in their units."""
+
+    output_tokens: float = OUTPUT
+    prefill_rate: float = PREFILL_RATE
+    request_cost: float = CN
+
+
+DEFAULT_COSTS = Costs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +73,10 @@ class PodLoad:
     kv_usage: float = 0.0  # 0..1
     kv_tokens: int = 0  # 0 = unknown
     prefill_rate: float = 0.0  # tokens/s, 0 = unknown
-    start_time: float = 0.0  # unix seconds, 0 = unknown
+    start_time: float = 0.0  # changes with a restart, 0 = unknown
+    max_lora: int = 0  # 0 = unknown
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +96,7 @@ class _Sent:
 class _Pod:
     """What the picker knows of one pod. Mutable."""
 
-    __slots__ = ("_backlog", "_leaked_at", "_sent", "kv", "load", "n", "read_at", "seen")
+    __slots__ = ("_backlog", "_held", "_leaked_at", "_sent", "kv", "load", "n", "read_at", "seen")
 
     def __init__(self, load: PodLoad) -> None:
         self.load = load
@@ -79,6 +105,7 @@ class _Pod:
         self.n = 0.0
         self.kv = 0.0
         self._sent: deque[_Sent] = deque()
+        self._held: OrderedDict[str, None] = OrderedDict()  # adapters, the last used one last
         self._backlog = 0.0
         self._leaked_at = 0.0
 
@@ -87,6 +114,7 @@ class _Pod:
         if _restarted(self.load, load):
             self.seen.forget()
             self._sent.clear()
+            self._held.clear()
             self._backlog = 0.0
         self.load = load
         self.read_at = now - load.age if load.age >= 0 else -inf
@@ -96,25 +124,65 @@ class _Pod:
         self.n = load.running + load.waiting + pickers * len(self._sent)
         self.kv = load.kv_usage * load.kv_tokens + pickers * sum(sent.tokens for sent in self._sent)
         self.seen.resize(min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+        for adapter in load.running_adapters:
+            self._hold(adapter)
 
-    def cost(self, uncached: float, output: float, n: float, kv: float, now: float) -> float:
-        """C of the module's formula, in tokens."""
+    def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
+        """C of the module's formula without A, in tokens."""
         capacity = self.load.kv_tokens
         preempted = max(0.0, kv + uncached + output - KV_USABLE * capacity) if capacity else 0.0
-        return self.backlog(now) + uncached * (1.0 + ETA * n) + CN * n + KAPPA * preempted
+        return self.backlog(now, costs) + uncached * (1.0 + ETA * n) + costs.request_cost * n + KAPPA * preempted
 
-    def backlog(self, now: float) -> float:
+    def adapter_cost(self, adapter: str) -> float:
+        """A of the module's formula, in tokens."""
+        if adapter in self._held:
+            return 0.0
+        if adapter in self.load.waiting_adapters:
+            return ADAPTER_WAITS
+        taken = len(self.load.running_adapters)
+        return ADAPTER_FULL if taken >= self.load.max_lora > 0 else ADAPTER_LOAD
+
+    def _hold(self, adapter: str) -> None:
+        self._held[adapter] = None
+        self._held.move_to_end(adapter)
+        while len(self._held) > max(1, self.load.max_lora):
+            self._held.popitem(last=False)
+
+    def backlog(self, now: float, costs: Costs) -> float:
         """B: prefill tokens sent here and, at the leak's rate, not yet done."""
-        leaked = LEAK * (self.load.prefill_rate or PREFILL_RATE) * (now - self._leaked_at)
+        leaked = LEAK * (self.load.prefill_rate or costs.prefill_rate) * (now - self._leaked_at)
         return max(0.0, self._backlog - leaked)
 
-    def send(self, hashes: Sequence[bytes], uncached: float, output: float, pickers: int, now: float) -> None:
-        """Note a request that was picked for this pod."""
-        self._backlog, self._leaked_at = self.backlog(now) + uncached, now
+    def cached(self, hashes: Sequence[bytes], hint: bytes | None, tokens: int) -> int:
+        """How many of a prompt's tokens are probably in this pod's prefix cache.
+
+        A hint is worth a chunk at most: what a wrong one can cost.
+        """
+        if chunks := self.seen.longest_prefix(hashes):
+            return CHUNK_TOKENS * chunks
+        return min(tokens, CHUNK_TOKENS) if hint is not None and self.seen.longest_prefix((hint,)) else 0
+
+    def send(
+        self,
+        hashes: Sequence[bytes],
+        hint: bytes | None,
+        adapter: str,
+        uncached: float,
+        output: float,
+        pickers: int,
+        now: float,
+        costs: Costs,
+    ) -> None:
+        """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
+        self._backlog, self._leaked_at = self.backlog(now, costs) + uncached, now
         self._sent.append(_Sent(now, uncached + output))
         self.n += pickers
         self.kv += pickers * (uncached + output)
+        if adapter:
+            self._hold(adapter)
         self.seen.touch(hashes)
+        if hint is not None:
+            self.seen.touch((hint,))
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -133,6 +201,8 @@ class Pool:
         self._pickers = pickers
         self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
         self._pods: dict[str, _Pod] = {}
+        self._adapters: OrderedDict[str, None] = OrderedDict()  # every name a pod has reported as one
+        self.costs = DEFAULT_COSTS
 
     def __len__(self) -> int:
         return len(self._pods)
@@ -147,6 +217,15 @@ class Pool:
         """When the freshest report was read from its pod, in seconds; -inf when never."""
         return max((pod.read_at for pod in self._pods.values()), default=-inf)
 
+    def saturated(self, waiting: float, kv_usage: float, now: float) -> bool:
+        """Whether the pods' average of the larger of waiting / `waiting` and KV use / `kv_usage` is 1 or more.
+
+        A pod without a fresh report counts as idle: nobody is refused for what is not known.
+        """
+        loads = [pod.load for pod in self._pods.values() if now - pod.read_at <= STALE]
+        total = sum(max(load.waiting / waiting, load.kv_usage / kv_usage) for load in loads)
+        return bool(loads) and total >= len(self._pods)
+
     def update(self, load: PoolLoad, max_chunks: int, now: float) -> None:
         """Take a report: new pods appear, missing ones are dropped with all that is known of them."""
         known = self._pods
@@ -154,6 +233,10 @@ class Pool:
         for pod_load in load.pods:
             pod = self._pods[pod_load.hash_key] = known.get(pod_load.hash_key) or _Pod(pod_load)
             pod.report(pod_load, self._pickers, max_chunks, now)
+            for adapter in (*pod_load.running_adapters, *pod_load.waiting_adapters):
+                self._adapters[adapter] = None
+        while len(self._adapters) > MAX_ADAPTERS:
+            self._adapters.popitem(last=False)
 
     def pick(
         self,
@@ -162,29 +245,35 @@ class Pool:
         max_tokens: int | None,
         primary: str | None,
         now: float,
+        hint: bytes | None = None,
+        model: str = "",
     ) -> str | None:
         """The hash key of the cheapest pod, now counted as sent to; None when no report is fresh.
 
-        `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds.
+        `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
+        hash of the session or cache key the client named, `model` what the pod will be asked for.
         """
         fresh = [pod for pod in self._pods.values() if now - pod.read_at <= STALE]
         if not fresh:
             return None
         mean_n = sum(pod.n for pod in fresh) / len(fresh)
-        output = OUTPUT if max_tokens is None else min(OUTPUT, max_tokens)
+        costs = self.costs
+        output = costs.output_tokens if max_tokens is None else min(costs.output_tokens, max_tokens)
+        adapter = model if model in self._adapters else ""
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - CHUNK_TOKENS * pod.seen.longest_prefix(hashes)
+            uncached: float = tokens - pod.cached(hashes, hint, tokens)
             if name == primary:
                 uncached *= 1.0 - self._prior
             n, kv = (pod.n, pod.kv) if now - pod.read_at <= STALE else (mean_n, 0.0)
-            cost = (pod.cost(uncached, output, n, kv, now), n)
+            tokens_worth = pod.cost(uncached, output, n, kv, now, costs)
+            cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
             if cost < best_cost:
                 best_cost = cost
                 best = [(name, pod, uncached)]
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        pod.send(hashes, uncached, output, self._pickers, now)
+        pod.send(hashes, hint, adapter, uncached, output, self._pickers, now, costs)
         return name

@@ -1,15 +1,15 @@
-"""Learns the pods' loads from the management server: a delta ADS client of one resource type, `PoolLoad`.
+"""Learns the pools from the management server: a delta ADS client of two resource types, `PoolLoad` and `PoolConfig`.
 
-    DeltaDiscoveryResponse -> Subscription -> ACK or NACK, loads, removals -> Picker
+    DeltaDiscoveryResponse -> Subscription -> ACK or NACK, loads or settings, removals -> Picker
 
-The subscription is a wildcard, resumed after a reconnect by the versions already held. While the server is away the
+Each subscription is a wildcard, resumed after a reconnect by the versions already held. While the server is away the
 last loads stay and go stale by age. https://www.envoyproxy.io/docs/envoy/v1.40.0/api-docs/xds_protocol#incremental-xds
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
@@ -17,14 +17,17 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from picker.cost import STALE, PodLoad, PoolLoad
+from picker.cost import STALE, Costs, PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
-from picker.pick import Picker
+from picker.models import Models, Rule
+from picker.pick import Picker, PoolConfig
 from xds.tls import TlsError, TlsFiles, channel_credentials
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
+from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
 
-TYPE_URL = "type.googleapis.com/vllm_xds.v1.PoolLoad"
+LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
+CONFIG = "type.googleapis.com/vllm_xds.v1.PoolConfig"
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 MAX_MESSAGE = 16 << 20  # bytes: 100,000 pods in one response
 BACKOFF = 0.2  # seconds before the second attempt, doubled for each one after it, less up to half at random
@@ -47,7 +50,7 @@ class Outcome:
     """What a response leads to. `request` is the ACK, or with `refusal` (not "") the NACK, to be sent."""
 
     request: DeltaDiscoveryRequest
-    loads: tuple[PoolLoad, ...]
+    values: tuple[PoolLoad | PoolConfig, ...]
     removed: tuple[str, ...]
     refusal: str
 
@@ -55,25 +58,28 @@ class Outcome:
 class Subscription:
     """The client's side of one wildcard delta subscription, across reconnects. Mutable; does no I/O."""
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self, node_id: str, type_url: str = LOAD) -> None:
         self._node_id = node_id
+        self._type_url = type_url
         self._versions: dict[str, str] = {}
 
     def open(self) -> DeltaDiscoveryRequest:
         """The first request of a stream."""
         return DeltaDiscoveryRequest(
-            node=Node(id=self._node_id, cluster="picker"), type_url=TYPE_URL, initial_resource_versions=self._versions
+            node=Node(id=self._node_id, cluster="picker"),
+            type_url=self._type_url,
+            initial_resource_versions=self._versions,
         )
 
     def receive(self, response: DeltaDiscoveryResponse) -> Outcome:
         """Good resources count even when others of the same response are refused."""
-        loads, refusals = [], []
-        if response.type_url != TYPE_URL:
+        values, refusals = [], []
+        if response.type_url != self._type_url:
             refusals.append(f"type {response.type_url} was not asked for")
         for encoded in response.resources if not refusals else ():
             try:
                 resource = Resource.FromString(encoded)
-                loads.append(decode(resource))
+                values.append(decode(resource, self._type_url))
             except (DecodeError, ValueError) as error:
                 refusals.append(str(error))
             else:
@@ -84,17 +90,25 @@ class Subscription:
         request = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
         if refusal:
             request.error_detail.CopyFrom(Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=refusal))
-        return Outcome(request, tuple(loads), tuple(response.removed_resources), refusal)
+        return Outcome(request, tuple(values), tuple(response.removed_resources), refusal)
 
 
-def decode(resource: Resource) -> PoolLoad:
-    """A PoolLoad with sane values; ValueError or DecodeError says what is wrong with it."""
-    name = resource.name
-    if resource.resource.type_url != TYPE_URL:
-        raise ValueError(f"{name}: type {resource.resource.type_url} is not {TYPE_URL}")
-    wire = WirePoolLoad.FromString(resource.resource.value)
+def decode(resource: Resource, type_url: str) -> PoolLoad | PoolConfig:
+    """The value of a resource of this type, if it is sane; ValueError or DecodeError says what is wrong with it."""
+    name, body = resource.name, resource.resource
+    if body.type_url != type_url:
+        raise ValueError(f"{name}: type {body.type_url} is not {type_url}")
+    wire: WirePoolLoad | WirePoolConfig = _WIRE[type_url].FromString(body.value)
     if not name or wire.name != name:
         raise ValueError(f"{name}: the resource says it is {wire.name!r}")
+    return _load(wire) if isinstance(wire, WirePoolLoad) else _config(wire)
+
+
+_WIRE: Mapping[str, type[WirePoolLoad | WirePoolConfig]] = {LOAD: WirePoolLoad, CONFIG: WirePoolConfig}
+
+
+def _load(wire: WirePoolLoad) -> PoolLoad:
+    name = wire.name
     hash_keys = set()
     for endpoint in wire.endpoints:
         if not endpoint.hash_key or endpoint.hash_key in hash_keys:
@@ -119,10 +133,32 @@ def decode(resource: Resource) -> PoolLoad:
                 kv_tokens=pod.kv_tokens,
                 prefill_rate=pod.prefill_rate,
                 start_time=pod.start_time,
+                max_lora=pod.max_lora,
+                running_adapters=tuple(pod.running_adapters),
+                waiting_adapters=tuple(pod.waiting_adapters),
             )
             for pod in wire.endpoints
         ),
     )
+
+
+def _config(wire: WirePoolConfig) -> PoolConfig:
+    costs, saturation = (
+        {field.name: value for field, value in message.ListFields()} for message in (wire.costs, wire.saturation)
+    )
+    for field, value in (*costs.items(), *saturation.items()):
+        if not isfinite(value) or value < 0 or (not value and field != "request_cost"):
+            raise ValueError(f"{wire.name}: {field} is {value}")
+    rules = {
+        rule.name: Rule(tuple((each.name, each.weight) for each in rule.targets), rule.sheddable, rule.critical)
+        for rule in wire.models
+    }
+    for name, rule in rules.items():
+        if not all(target and weight for target, weight in rule.targets):
+            raise ValueError(f"{wire.name}: model {name!r} has a target without a name or a weight")
+    objectives = {each.name: each.priority for each in wire.objectives}
+    models = Models(rules, wire.closed, objectives, **saturation)
+    return PoolConfig(wire.name, Costs(**costs), picked=not wire.unpicked, models=models)
 
 
 class LoadsClient:
@@ -145,13 +181,13 @@ class LoadsClient:
         self._address = address
         self._picker = picker
         self._metrics = metrics
-        self._subscription = Subscription(node_id)
+        self._subscriptions = {type_url: Subscription(node_id, type_url) for type_url in (CONFIG, LOAD)}
         self._clock = clock
         self._random = random
         self._tls = tls
         self._connected = False
         self._failures = 0  # attempts since a response came
-        self._refusal = ""  # the last one logged: a server repeats a mistake each round
+        self._refusals: dict[str, str] = {}  # type -> the last one logged: a server repeats a mistake each round
 
     async def run(self) -> None:
         """Connect, follow, and connect again; ends only by being cancelled."""
@@ -176,7 +212,8 @@ class LoadsClient:
         async with opened as channel:
             stream = channel.stream_stream(METHOD)()  # raw bytes: what cannot be decoded is ours to judge
             try:
-                await stream.write(self._subscription.open().SerializeToString())
+                for subscription in self._subscriptions.values():
+                    await stream.write(subscription.open().SerializeToString())
                 self._connected = True
                 self._metrics.connected.set(1)
                 log.info("server connected", server=self._address)
@@ -196,17 +233,27 @@ class LoadsClient:
         return grpc.aio.secure_channel(self._address, channel_credentials(self._tls), options=CHANNEL_OPTIONS)
 
     def _apply(self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest:
-        outcome = self._subscription.receive(response)
+        type_url = response.type_url if response.type_url in self._subscriptions else LOAD  # which refuses it
+        outcome = self._subscriptions[type_url].receive(response)
         now = self._clock()
-        for load in outcome.loads:
-            self._picker.update(load, now)
+        for value in outcome.values:
+            if isinstance(value, PoolLoad):
+                self._picker.update(value, now)
+            else:
+                self._picker.configure(value)
         for name in outcome.removed:
-            self._picker.forget(name)
+            if type_url == CONFIG:
+                self._picker.unconfigure(name)
+            else:
+                self._picker.forget(name)
         if outcome.refusal:
             self._metrics.refused.inc()
-            if outcome.refusal != self._refusal:
-                log.warning("load report refused", reason=outcome.refusal)
-        self._refusal = outcome.refusal
+            if outcome.refusal != self._refusals.get(type_url):
+                if type_url == CONFIG:
+                    log.warning("pool config refused", reason=outcome.refusal)
+                else:
+                    log.warning("load report refused", reason=outcome.refusal)
+        self._refusals[type_url] = outcome.refusal
         return outcome.request
 
 

@@ -28,9 +28,14 @@ class PickerMetrics:
             ["kind"],
             registry=r,
         )
+        self.renamed = Counter(
+            "vllm_xds_picker_renamed", "Requests whose model's name was replaced, by pool.", ["pool"], registry=r
+        )
         self.chunks = Gauge("vllm_xds_picker_chunks", "Chunk hashes held for all pods.", registry=r)
         self.connected = Gauge("vllm_xds_picker_server_connected", "1 while the load stream is open.", registry=r)
-        self.refused = Counter("vllm_xds_picker_load_reports_refused", "Load reports refused (NACK).", registry=r)
+        self.refused = Counter(
+            "vllm_xds_picker_load_reports_refused", "Load reports and pool settings refused (NACK).", registry=r
+        )
         self.load_age = Gauge(
             "vllm_xds_picker_load_age_seconds", "Age of a pool's freshest load; +Inf: never read.", ["pool"], registry=r
         )

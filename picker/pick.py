@@ -1,6 +1,6 @@
 """One decision for one request: read the prompt, hash it, pick the cheapest pod or fall back to a stateless key. Pure.
 
-    body -> Prompt -> chunk hashes -> stateless key -> its primary pod -> cheapest pod -> "<hash key>_0"
+    body -> Prompt -> chunk hashes, hint -> stateless key -> its primary pod -> cheapest pod -> "<hash key>_0"
 
 Envoy's ring_hash places every host at the points xxHash64("<hash key>_<i>"), and hashes the header it is given in the
 same way: "<hash key>_0" lands on that host exactly. Any other text, the stateless key's, lands on some host, always the
@@ -10,16 +10,18 @@ same one while the hosts are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from picker.cost import Pool, PoolLoad
-from picker.prefix import chunk_hashes
-from picker.prompt import read_prompt
+from picker.cost import DEFAULT_COSTS, Costs, Pool, PoolLoad
+from picker.models import NO_MODELS, SHED, Models, judge
+from picker.prefix import chunk_hashes, hint_hash
+from picker.prompt import MAX_BODY, Prompt, read_prompt
 from picker.stateless import HotPrefixes, Ring
 
 MAX_CHUNKS = 1 << 20  # chunk hashes held for all pods together, some 150 MB
 UNKNOWN_PODS = 8  # assumed of a pool whose pods are unknown
+SERVICE = "service/"  # what the name of a cluster begins with that is no pool, and so has no models
 
 
 class Reason(StrEnum):
@@ -27,29 +29,49 @@ class Reason(StrEnum):
 
     COST = "cost"
     STATELESS = "stateless"  # no fresh load of this pool
-    UNKEYED = "unkeyed"  # no fresh load, and too short to be keyed on its own
+    UNKEYED = "unkeyed"  # no fresh load, no hint, and too short to be keyed on its own
     UNREADABLE = "unreadable"  # no prompt in the body
+    UNPICKED = "unpicked"  # Envoy balances this pool itself; the picker is asked for its models alone
+    UNKNOWN_MODEL = "unknown-model"  # refused
+    SHED = "shed"  # refused: the pool is saturated, and the request may wait
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
     """`key` is the header value for Envoy, None for none; `pod` the hash key of the pod picked, "" for none.
 
-    `pool` is the cluster's name when its pods are known, else "".
+    `pool` is the cluster's name when the management server named it, else "". The rest is a Verdict's, `named` also for
+    a cluster that has no models.
     """
 
     key: str | None
     reason: Reason
     pool: str = ""
     pod: str = ""
+    model: str = ""
+    body: bytes | None = None
+    refused: int = 0
+    named: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """What the management server says of a pool beside its loads; `picked`: a pod is to be picked for its requests."""
+
+    name: str
+    costs: Costs = DEFAULT_COSTS
+    picked: bool = True
+    models: Models = NO_MODELS
 
 
 class _State:
-    """What is known of one pool. Mutable."""
+    """What is known of one pool: `config` and `reported` say by whom. Mutable."""
 
-    __slots__ = ("hash_keys", "hot", "pool", "ring")
+    __slots__ = ("config", "hash_keys", "hot", "pool", "reported", "ring")
 
     def __init__(self, random: Callable[[], float], pickers: int) -> None:
+        self.config: PoolConfig | None = None
+        self.reported = False  # loads
         self.pool = Pool(random, pickers)
         self.hot = HotPrefixes()
         self.hash_keys: tuple[str, ...] = ()
@@ -59,7 +81,7 @@ class _State:
 class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
-    Clusters nobody reported loads of share one set of counts, so a caller cannot make it grow by inventing names.
+    Clusters the management server did not name share one set of counts, so nobody can make it grow by inventing names.
     `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1).
     """
 
@@ -80,9 +102,8 @@ class Picker:
 
     def update(self, load: PoolLoad, now: float) -> None:
         """Take a pool's load report, which arrived at `now`."""
-        state = self._pools.get(load.name)
-        if state is None:
-            state = self._pools[load.name] = _State(self._random, self._pickers)
+        state = self._state(load.name)
+        state.reported = True
         pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
         state.pool.update(load, MAX_CHUNKS // max(1, pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
@@ -90,25 +111,89 @@ class Picker:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)
 
     def forget(self, name: str) -> None:
-        """The pool is gone."""
-        self._pools.pop(name, None)
+        """The pool's loads are gone, and its pods with them."""
+        state = self._pools.pop(name, None)
+        if state is not None and state.config is not None:
+            self.configure(state.config)
 
-    def pick(self, cluster_name: str, body: bytes, now: float) -> Pick:
-        """Decide for one request routed to `cluster_name`; `now` in seconds."""
-        state = self._pools.get(cluster_name)
-        pool = cluster_name if state is not None else ""
-        prompt = read_prompt(body)
-        if prompt is None:
-            return Pick(None, Reason.UNREADABLE, pool)
-        hashes = chunk_hashes(prompt)
-        if state is None:
-            stateless = self._unknown.key(hashes, UNKNOWN_PODS, now)
+    def configure(self, config: PoolConfig) -> None:
+        """Take a pool's settings."""
+        state = self._state(config.name)
+        state.config, state.pool.costs = config, config.costs
+
+    def config(self, name: str) -> PoolConfig | None:
+        """A pool's settings; None when the management server has said nothing of them."""
+        state = self._pools.get(name)
+        return state.config if state is not None else None
+
+    def unconfigure(self, name: str) -> None:
+        """The pool's settings are gone: the defaults are back."""
+        state = self._pools.get(name)
+        if state is not None and state.reported:
+            state.config, state.pool.costs = None, DEFAULT_COSTS
         else:
-            stateless = state.hot.key(hashes, len(state.pool) or UNKNOWN_PODS, now)
+            self._pools.pop(name, None)
+
+    def _state(self, name: str) -> _State:
+        if name not in self._pools:
+            self._pools[name] = _State(self._random, self._pickers)
+        return self._pools[name]
+
+    def pick(self, cluster_name: str, body: bytes, now: float, session: str = "", objective: str = "") -> Pick:
+        """Decide for one request routed to `cluster_name`; `now` in seconds.
+
+        `session` and `objective` are the headers' values, "" for none.
+        """
+        state = self._pools.get(cluster_name)
+        config = state.config if state is not None else None
+        if state is None or config is None or (config.picked and not config.models):
+            named = config is not None or cluster_name.startswith(SERVICE)
+            return self._picked(state, cluster_name, read_prompt(body), now, session, named=named)
+        models = config.models
+        prompt = read_prompt(body) if config.picked else None
+        verdict = judge(
+            models,
+            body,
+            session,
+            objective,
+            lambda: state.pool.saturated(models.waiting, models.kv_usage, now),
+            prompt.model if prompt is not None and len(body) <= MAX_BODY else None,
+        )
+        if verdict.refused:
+            reason = Reason.SHED if verdict.refused == SHED else Reason.UNKNOWN_MODEL
+            return Pick(None, reason, cluster_name, model=verdict.model, refused=verdict.refused)
+        if config.picked:
+            if prompt is not None and verdict.body is not None:
+                prompt = replace(prompt, model=verdict.model)
+            pick = self._picked(state, cluster_name, prompt, now, session, named=verdict.named)
+        else:
+            pick = Pick(None, Reason.UNPICKED, cluster_name, named=verdict.named)
+        return replace(pick, model=verdict.model, body=verdict.body)
+
+    def _picked(
+        self,
+        state: _State | None,
+        cluster_name: str,
+        prompt: Prompt | None,
+        now: float,
+        session: str,
+        *,
+        named: bool,
+    ) -> Pick:
+        """The pod, or the key, for a prompt; `state` None: nothing is known of the cluster."""
+        pool = cluster_name if state is not None else ""
+        if prompt is None:
+            return Pick(None, Reason.UNREADABLE, pool, named=named)
+        hashes, hint = chunk_hashes(prompt), hint_hash(prompt, session)
+        path = [hint, *hashes] if hint is not None else hashes
+        if state is None:
+            stateless = self._unknown.key(path, UNKNOWN_PODS, now)
+        else:
+            stateless = state.hot.key(path, len(state.pool) or UNKNOWN_PODS, now)
             primary = state.ring.primary(stateless) if stateless is not None else None
-            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now)
+            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint, prompt.model)
             if pod is not None:
-                return Pick(f"{pod}_0", Reason.COST, pool, pod)
+                return Pick(f"{pod}_0", Reason.COST, pool, pod, named=named)
         if stateless is None:
-            return Pick(None, Reason.UNKEYED, pool)
-        return Pick(stateless.hex(), Reason.STATELESS, pool)
+            return Pick(None, Reason.UNKEYED, pool, named=named)
+        return Pick(stateless.hex(), Reason.STATELESS, pool, named=named)

@@ -1,24 +1,15 @@
-"""From the body of a request to the text its prefix cache is keyed on. Pure; no bytes from outside make it raise.
+"""From the body of a request to the text its prefix cache is keyed on, as picker/prefix.py specifies it. Pure.
 
-What is read: `/v1/completions` (`prompt`: text, token ids, or a list of either), `/v1/chat/completions` and
-`/v1/messages` (`messages`, `system`, `tools`), `/v1/responses` (`input`, `instructions`, `tools`). Anything else is
-None: such a request is routed without a key.
-
-The canonical text is written in the order a chat template writes it, tools first, then the system prompt, then the
-messages; each piece *opens* with a marker and none is closed, so the text of one turn is a prefix of the next turn's:
-
-    \\0tools\\0<JSON>   \\0system\\0<text>   \\0<role>\\0<text>[\\0<JSON of tool_calls>]   ...
-
-JSON is compact, its keys in the order sent (a template prints them so). Of a content part counts its `text`; an image,
-audio, video or file is its digest, repeated to the length of the tokens it stands for; any other part is its JSON
-without `cache_control`, which clients move from message to message. Token ids are four bytes each, little-endian.
+What is read is a JSON object with `messages` (chat completions, Anthropic's messages), `input` (responses, embeddings)
+or `prompt` (completions), by its fields alone: the picker is not told the path. Anything else is None: such a request
+is routed without a key. No bytes from outside make this raise, and what they can cost is bounded.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,7 +21,25 @@ BYTES_PER_TOKEN = 4  # of English text and of code under current tokenizers; exa
 MAX_BODY = 2 << 20  # bytes: a longer body is read as if it ended here, so that a bomb of `[],[],` costs 0.1 s and 60 MB
 MAX_PIECES = 20_000  # markers, texts and parts of a prompt: the rest of a longer one is not read, for the same reason
 MEDIA_TOKENS = 1024  # an image at common resolutions, within a factor of two
-MEDIA = ("image", "audio", "video", "file")  # a part is media when its `type` contains one of these
+MEDIA = frozenset(
+    {
+        "image",
+        "image_url",
+        "input_image",
+        "image_embeds",
+        "computer_screenshot",
+        "audio",
+        "audio_url",
+        "input_audio",
+        "video",
+        "video_url",
+        "input_video",
+        "file",
+        "input_file",
+        "document",
+    }
+)
+BOM = b"\xef\xbb\xbf"  # json.loads, which vLLM's HTTP front calls, takes it for UTF-8
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -39,13 +48,14 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class Prompt:
     """What a request asks to be prefilled: `model` (or LoRA) and `cache_salt` keep caches apart, "" when not given.
 
-    `max_tokens` is the client's bound on the answer, None when not given.
+    `max_tokens` is the client's bound on the answer, None when not given; `cache_key` its `prompt_cache_key`, or "".
     """
 
     model: str
     cache_salt: str
     text: bytes
     max_tokens: int | None = None
+    cache_key: str = ""
 
     @property
     def tokens(self) -> int:
@@ -59,31 +69,65 @@ def read_prompt(body: bytes) -> Prompt | None:
     jiter bounds what JSON can cost: 200 levels of nesting, 4,300 digits, no lone surrogates. A body that is cut short
     is read as far as it goes.
     """
-    try:
-        request = jiter.from_json(body[:MAX_BODY], cache_mode="keys", partial_mode="trailing-strings")
-        text = _text(request) if isinstance(request, dict) else b""
-    except (ValueError, struct.error):  # not JSON; token ids that are none
-        return None
+    request = _parsed(body)
+    text = _text(request)
     if not text:
         return None
-    model, cache_salt = request.get("model"), request.get("cache_salt")
     limits = (request.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
     return Prompt(
-        model if isinstance(model, str) else "",
-        cache_salt if isinstance(cache_salt, str) else "",
+        _string(request.get("model")),
+        _string(request.get("cache_salt")),
         text,
         next((limit for limit in limits if type(limit) is int and limit > 0), None),
+        _string(request.get("prompt_cache_key")),
     )
 
 
+def read_opening(body: bytes) -> bytes:
+    """The text up to the end of the first message of role `user`: what a conversation's turns share, and others do not.
+
+    All of the text where there is no such message, and the body itself where there is no text.
+    """
+    request = _parsed(body)
+    messages = _messages(request)
+    for i, message in enumerate(messages, 1):
+        if isinstance(message, dict) and message.get("role") == "user":
+            return _text(request | {"messages": messages[:i]})
+    return _text(request) or body
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    """The request in a body, empty when there is none."""
+    try:
+        request = jiter.from_json(body[:MAX_BODY].removeprefix(BOM), cache_mode="keys", partial_mode="trailing-strings")
+    except ValueError:
+        return {}
+    return request if isinstance(request, dict) else {}
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _text(request: dict[str, Any]) -> bytes:
-    messages = request.get("messages", request.get("input"))
-    if messages:
-        pieces = _chat(request, messages if isinstance(messages, list) else [messages])
-        return "".join(islice(pieces, MAX_PIECES)).encode()
-    prompt = request.get("prompt")
+    if messages := _messages(request):
+        return "".join(islice(_conversation(request, messages), MAX_PIECES)).encode()
+    prompt = request.get("input") or request.get("prompt")
     batch = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
-    return b"\0".join(map(_completion, batch[:MAX_PIECES]))
+    try:
+        return b"\0".join(map(_completion, batch[:MAX_PIECES]))
+    except struct.error:  # token ids that are none
+        return b""
+
+
+def _messages(request: dict[str, Any]) -> list[Any]:
+    """The conversation's messages; empty when the request is none."""
+    messages, given = request.get("messages"), request.get("input")
+    if isinstance(messages, list) and messages:
+        return messages
+    if isinstance(given, str) and given:
+        return [{"role": "user", "content": given}]
+    return given if isinstance(given, list) and given and isinstance(given[0], dict) else []
 
 
 def _completion(prompt: Any) -> bytes:
@@ -93,43 +137,55 @@ def _completion(prompt: Any) -> bytes:
     return struct.pack(f"<{len(prompt)}I", *prompt) if isinstance(prompt, list) else b""
 
 
-def _chat(request: dict[str, Any], messages: list[Any]) -> Iterator[str]:
+def _conversation(request: dict[str, Any], messages: list[Any]) -> Iterator[str]:
+    """The pieces of a conversation's text, in order."""
     if tools := request.get("tools"):
         yield "\0tools\0"
-        yield _json(tools)
+        yield _json([_without(tool, "cache_control") for tool in tools] if isinstance(tools, list) else tools)
     for name in ("system", "instructions"):
         if system := request.get(name):
             yield "\0system\0"
             yield from _content(system)
     for message in messages:
         if isinstance(message, dict) and "content" in message:
-            yield f"\0{message.get('role', '')}\0"
+            yield f"\0{_string(message.get('role'))}\0"
             yield from _content(message["content"])
             if calls := message.get("tool_calls"):
                 yield "\0"
                 yield _json(calls)
         else:
             yield "\0"
-            yield _part(message)
+            yield from _part(message)
 
 
-def _content(content: Any) -> Iterable[str]:
-    """A message's content: a text, a list of parts, or null."""
+def _content(content: Any) -> Iterator[str]:
+    """A message's content: a text, a list of parts, or nothing."""
     if isinstance(content, str):
-        return (content,)
-    return map(_part, content) if isinstance(content, list) else ()
+        yield content
+    elif isinstance(content, list):
+        for part in content:
+            yield from _part(part)
 
 
-def _part(part: Any) -> str:
+def _part(part: Any) -> Iterator[str]:
     if isinstance(part, str):
-        return part
-    if not isinstance(part, dict):
-        return _json(part)
-    text, kind = part.get("text"), part.get("type")
-    if isinstance(text, str):
-        return text
-    rest = _json({name: value for name, value in part.items() if name != "cache_control"})
-    if isinstance(kind, str) and any(media in kind for media in MEDIA):
-        digest = mmh3.mmh3_x64_128_digest(rest.encode()).hex()
-        return digest * (MEDIA_TOKENS * BYTES_PER_TOKEN // len(digest))
-    return rest
+        yield part
+        return
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in MEDIA:
+        digest = mmh3.mmh3_x64_128_digest(_json(_without(part, "cache_control")).encode()).hex()
+        yield digest * (MEDIA_TOKENS * BYTES_PER_TOKEN // len(digest))
+    elif isinstance(part, dict) and isinstance(part.get("text"), str):
+        yield part["text"]
+    else:
+        yield _json(_without(part, "cache_control", "content", "output"))
+        if isinstance(part, dict):  # what a tool has returned: a text, or parts, with images among them
+            yield from _content(part.get("content"))
+            yield from _content(part.get("output"))
+
+
+def _without(value: Any, *names: str) -> Any:
+    """`value` without these fields, if it is an object."""
+    if isinstance(value, dict) and not value.keys().isdisjoint(names):
+        return {name: of for name, of in value.items() if name not in names}
+    return value

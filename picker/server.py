@@ -19,14 +19,16 @@ import structlog
 from prometheus_client import Counter
 
 from picker.metrics import PickerMetrics
-from picker.pick import Picker
+from picker.pick import Pick, Picker
 from picker.wire.ext_proc_pb2 import BodyResponse, ProcessingRequest, ProcessingResponse
 from xds.tls import TlsFiles, server_credentials
 
 PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 HEALTH = "/grpc.health.v1.Health/Check"
 FILTER = "envoy.filters.http.ext_proc"  # the namespace of the request's attributes
-NAMESPACE = "picker"  # of the dynamic metadata the answer carries, in its field "key"
+REQUEST = "request"  # the namespace of the metadata a request carries: its headers' values, `session` and `objective`
+NAMESPACE = "picker"  # of the dynamic metadata the answer carries: `key`, `named`, or `refused` and `model`
+MAX_MODEL = 256  # characters of an unknown model's name that its refusal repeats
 MAX_MESSAGE = 40 << 20  # bytes: above the 32 MiB Envoy buffers of a body
 SAY_AGAIN = 60.0  # seconds between two log lines on one kind of failure
 UNIX = "unix:"
@@ -46,13 +48,33 @@ class AddressError(Exception):
     """An address cannot be listened on; the text says which and why."""
 
 
-@lru_cache(maxsize=4096)
-def encode_answer(key: str | None) -> bytes:
-    """The ProcessingResponse that carries `key`; with None, one that changes nothing."""
-    answer = ProcessingResponse(request_body=BodyResponse())
-    if key is not None:
-        answer.dynamic_metadata.update({NAMESPACE: {"key": key}})
+def encode_answer(pick: Pick) -> bytes:
+    """The ProcessingResponse for a pick: what Envoy is to know, and the body if it is another now."""
+    if pick.refused:
+        answer = ProcessingResponse(request_body=BodyResponse())
+        told = {"refused": str(pick.refused), "model": pick.model[:MAX_MODEL]}
+        answer.dynamic_metadata.update({NAMESPACE: told})
+        return answer.SerializeToString()
+    unchanged = _encode(pick.key, named=pick.named)
+    if pick.body is None:
+        return unchanged
+    answer = ProcessingResponse.FromString(unchanged)
+    answer.request_body.response.body_mutation.body = pick.body
     return answer.SerializeToString()
+
+
+@lru_cache(maxsize=4096)
+def _encode(key: str | None, *, named: bool) -> bytes:
+    answer = ProcessingResponse(request_body=BodyResponse())
+    told: dict[str, str | bool] = {"key": key} if key is not None else {}
+    if named:
+        told["named"] = True
+    if told:
+        answer.dynamic_metadata.update({NAMESPACE: told})
+    return answer.SerializeToString()
+
+
+UNCHANGED = _encode(None, named=False)
 
 
 class PickerServer:
@@ -111,26 +133,30 @@ class PickerServer:
     async def _process(self, request: bytes, _context: object) -> bytes:
         start = self._clock()
         try:
-            key = self._pick(request, start)
+            answer = encode_answer(self._pick(request, start))
         except Exception as error:  # the top of a request: it fails open, whatever it was
             self._failed(error, start)
-            key = None
-        answer = encode_answer(key)
+            answer = UNCHANGED
         self._metrics.pick_seconds.observe(self._clock() - start)
         return answer
 
-    def _pick(self, data: bytes, now: float) -> str | None:
+    def _pick(self, data: bytes, now: float) -> Pick:
         request = ProcessingRequest.FromString(data)
         if not request.HasField("request_body"):
             raise ValueError("no request_body: request_body_mode must be BUFFERED and the other modes SKIP or NONE")
         attributes = request.attributes.get(FILTER)
         cluster_name = attributes.fields["xds.cluster_name"].string_value if attributes is not None else ""
-        pick = self._picker.pick(cluster_name, request.request_body.body, now)
+        told = request.metadata_context.filter_metadata.get(REQUEST)
+        session = told.fields["session"].string_value if told is not None else ""
+        objective = told.fields["objective"].string_value if told is not None else ""
+        pick = self._picker.pick(cluster_name, request.request_body.body, now, session, objective)
         counter = self._picks.get((pick.pool, pick.reason))
         if counter is None:
             counter = self._picks[pick.pool, pick.reason] = self._metrics.picks.labels(pick.pool, pick.reason)
         counter.inc()
-        return pick.key
+        if pick.body is not None:
+            self._metrics.renamed.labels(pick.pool).inc()
+        return pick
 
     def _failed(self, error: Exception, now: float) -> None:
         kind = type(error).__name__

@@ -5,6 +5,9 @@ fair share; the walk goes deeper below a hot chunk and stops at the first that i
 real branch: a chunk that nearly all who go on share is the same conversation or the same preamble, and a long session
 would lose its key with each turn.
 
+A request's hint, where it has one, is walked as if it were the chunk before the first: a session keeps to its own key,
+and a hint that a large part of the traffic carries (an application's name) is hot, and split like a common preamble.
+
 The key needs no pods. With pods known, `Ring` says which of them is the key's primary.
 """
 

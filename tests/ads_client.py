@@ -71,6 +71,7 @@ class SotwPeer(Peer):
     """State of the world."""
 
     variant = "sotw"
+    request, response = wire.DiscoveryRequest, wire.DiscoveryResponse
 
     def __init__(self, node_id: str = "envoy-1") -> None:
         super().__init__(node_id)
@@ -137,6 +138,7 @@ class DeltaPeer(Peer):
     """Incremental. `absent` are the names it has been told do not exist."""
 
     variant = "delta"
+    request, response = wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse
 
     def __init__(self, node_id: str = "envoy-1") -> None:
         super().__init__(node_id)
@@ -217,15 +219,10 @@ class AdsClient:
         self._patience = patience
         self._channel = grpc.aio.insecure_channel(address)
         sotw, delta = METHODS[service]
-        method, request, response = (
-            (delta, wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse)
-            if isinstance(peer, DeltaPeer)
-            else (sotw, wire.DiscoveryRequest, wire.DiscoveryResponse)
-        )
         self._open = self._channel.stream_stream(
-            f"/{service}/{method}",
-            request_serializer=request.SerializeToString,
-            response_deserializer=response.FromString,
+            f"/{service}/{delta if isinstance(peer, DeltaPeer) else sotw}",
+            request_serializer=peer.request.SerializeToString,
+            response_deserializer=peer.response.FromString,
         )
         self.call = self._open()
 

@@ -131,7 +131,9 @@ class FakeApiServer:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Gone: connections are reset, new ones refused."""
+        """Gone: connections are reset, new ones refused. Stopped twice, it is gone all the same."""
+        if self._listener.fileno() < 0:
+            return
         # What asyncio has accepted becomes a connection of ours some turns of the loop later, and is left open when its
         # server is closed in between (https://github.com/python/cpython/issues/109564): accept no more, then wait.
         asyncio.get_running_loop().remove_reader(self._listener)

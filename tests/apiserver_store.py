@@ -74,7 +74,11 @@ POLICY = Resource("gateway.envoyproxy.io", ("v1alpha1",), "BackendTrafficPolicy"
 POOL = Resource("inference.networking.k8s.io", ("v1",), "InferencePool", "inferencepools")
 POOL_X = Resource("inference.networking.x-k8s.io", ("v1alpha2",), "InferencePool", "inferencepools")
 MODEL_X = Resource("inference.networking.x-k8s.io", ("v1alpha2",), "InferenceModel", "inferencemodels")
-EVERYTHING = (*BUILT_IN, *GATEWAY_API, POLICY, POOL, POOL_X, MODEL_X)
+REWRITES, OBJECTIVES = (
+    tuple(Resource(group, ("v1alpha2",), kind, f"{kind.lower()}s") for group in (POOL_X.group, "llm-d.ai"))
+    for kind in ("InferenceModelRewrite", "InferenceObjective")
+)
+EVERYTHING = (*BUILT_IN, *GATEWAY_API, POLICY, POOL, POOL_X, MODEL_X, *REWRITES, *OBJECTIVES)
 
 
 class ApiError(Exception):

@@ -1,6 +1,6 @@
 """The golden cases: each folder of tests/golden has an input.yaml, and what the server makes of it.
 
-    input.yaml -> rejections.txt  listeners.yaml  routes.yaml  clusters.yaml  endpoints.yaml
+    input.yaml -> rejections.txt  listeners.yaml  routes.yaml  clusters.yaml  endpoints.yaml  pools.yaml
 
 `python -m tests.goldens` (`make golden`) writes the outputs anew, and bootstrap/envoy.yaml; read the difference before
 you commit it.
@@ -20,6 +20,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.config.listener.v3 import Listener
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from google.protobuf.json_format import MessageToDict
 
 import bootstrap
 from xds import snapshot as types
@@ -29,6 +30,7 @@ from xds.resolve import resolve
 from xds.snapshot import Snapshot
 from xds.translate import translate
 from xds.wire import discovery_pb2 as wire
+from xds.wire.pool_config_pb2 import PoolConfig
 
 ROOT = Path(__file__).parent.parent
 INPUTS = {path.name: path for path in sorted((ROOT / "tests" / "golden").iterdir())}
@@ -66,7 +68,15 @@ def outputs(case: Path) -> dict[str, str]:
         name: yaml.safe_dump_all(decoded(snapshot, type_url, message), sort_keys=False, width=120)
         for name, (type_url, message) in OUTPUTS.items()
     }
-    return {"rejections.txt": "".join(f"{line}\n" for line in rejections)} | texts
+    told = [
+        PoolConfig.FromString(wire.Any.FromString(r.any).value) for r in snapshot.resources[types.POOL_CONFIG].values()
+    ]
+    pools = [MessageToDict(message, preserving_proto_field_name=True) for message in told]
+    return {
+        "rejections.txt": "".join(f"{line}\n" for line in rejections),
+        **texts,
+        "pools.yaml": yaml.safe_dump_all(pools, sort_keys=False, width=120),
+    }
 
 
 def golden_files(name: str) -> Path:

@@ -14,15 +14,20 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     AllowedRoutes,
     BackendRef,
     BackendTrafficPolicy,
     Config,
+    Criticality,
     EndpointSlice,
     Filters,
     Gateway,
     GatewayClass,
     HTTPRoute,
+    InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Listener,
     MatchType,
@@ -33,6 +38,7 @@ from xds.model import (
     PathMatch,
     Pod,
     ReferenceGrant,
+    RewriteRule,
     RouteMatch,
     RouteRule,
     Secret,
@@ -54,6 +60,8 @@ GROUPS = {
     "EndpointSlice": DISCOVERY,
     "InferencePool": INFERENCE,
     "InferenceModel": INFERENCE_X,
+    "InferenceModelRewrite": LLM_D,
+    "InferenceObjective": LLM_D,
 }
 APP = {"app": "web"}
 
@@ -194,6 +202,30 @@ def pool(
     return InferencePool(
         meta("InferencePool", name, namespace, group), APP if selector is None else selector, tuple(ports), **kw
     )
+
+
+def inference_model(
+    name: str,
+    model_name: str = "m",
+    *targets: tuple[str, int],
+    of: str = "llm",
+    criticality: Criticality = Criticality.STANDARD,
+    **kw: Any,
+) -> InferenceModel:
+    about = meta("InferenceModel", name, **kw)
+    return InferenceModel(about, model_name, criticality, targets, ref("InferencePool", of, group=INFERENCE_X))
+
+
+def rewrite(name: str, *rules: RewriteRule, of: str = "llm", **kw: Any) -> InferenceModelRewrite:
+    return InferenceModelRewrite(meta("InferenceModelRewrite", name, **kw), rules, ref("InferencePool", of))
+
+
+def rewrite_rule(*models: str, targets: Sequence[tuple[str, int]] = ()) -> RewriteRule:
+    return RewriteRule(models, tuple(targets))
+
+
+def objective(name: str, priority: int, of: str = "llm", **kw: Any) -> InferenceObjective:
+    return InferenceObjective(meta("InferenceObjective", name, **kw), priority, ref("InferencePool", of))
 
 
 def endpoint_slice(

@@ -8,18 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.objects import backend, config, endpoint_slice, entry, grant, meta, pod, pool, service
-from xds.backends import Backends, pool_cluster, service_cluster, unserved_targets
+from tests.objects import backend, config, endpoint_slice, entry, grant, pod, pool, service
+from xds.backends import Backends, pool_cluster, service_cluster
 from xds.model import (
     INFERENCE,
     INFERENCE_X,
     BackendRef,
     Cluster,
-    Criticality,
     Endpoint,
-    InferenceModel,
     InferencePool,
-    Level,
     Object,
     Pod,
     Service,
@@ -286,13 +283,3 @@ def test_pods_of_another_namespace_are_not_selected() -> None:
     found = resolved(backend("llm", "InferencePool"), pool(), pod("a", "10.0.0.1", "other"), pod("b", "10.0.0.2"))
     assert isinstance(found, Cluster)
     assert [e.hash_key for e in found.endpoints] == ["default/b"]
-
-
-def test_a_renaming_model_is_a_warning() -> None:
-    """A target that is the model's own name needs nothing; another one is not served, and said so."""
-    model = InferenceModel(
-        meta("InferenceModel", "m"), "qwen", Criticality.STANDARD, (("qwen", 1), ("qwen-lora", 1)), pool().meta.ref
-    )
-    (warning,) = unserved_targets(config(model))
-    assert (warning.ref, warning.level, warning.reason) == (model.meta.ref, Level.WARNING, "UnsupportedValue")
-    assert "'qwen-lora'" in warning.message

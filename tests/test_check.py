@@ -55,6 +55,23 @@ def checked(directory: Path) -> tuple[int, list[str]]:
     return code, out.getvalue().splitlines()
 
 
+def test_models_are_shown(tmp_path: Path) -> None:
+    """Each pool's rules and objectives, as they count; a conflict among them is an error."""
+    (tmp_path / "a.yaml").write_text((ROOT / "tests" / "golden" / "models" / "input.yaml").read_text())
+    code, lines = checked(tmp_path)
+    assert code == 1
+    shown = [" ".join(line.split()) for line in lines if line.startswith(("  model", "  objective"))]
+    assert shown == [
+        "model batch -> as it is, Sheddable",
+        "model chat -> chat-v1 (90), chat-v2 (10), Critical",
+        "model any other -> base (1)",
+        "model code -> code-lora (1)",
+        "model code-latest -> code-lora (1)",
+        "objective batch priority -1",
+        "model base -> as it is",
+    ]
+
+
 def test_the_demo_is_served_as_written() -> None:
     """Exit code 0, and a line for each port, route and cluster."""
     code, lines = checked(ROOT / "manifests" / "demo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from tests.apiserver import FakeApiServer
 from tests.goldens import ROOT
 from tests.test_check import WHOLE
 from xds.__main__ import COMMANDS, main
+from xds.serve import MOST_FILES
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
 OURS = ("serve", "check", "status", "bootstrap")
@@ -142,8 +144,9 @@ async def serve(config: Path | str, listen: int, status: int, *more: str) -> Asy
     """From a directory, or from the API server of the kubeconfig whose path is given as text."""
     source = ("--kubernetes", "--kubeconfig", config) if isinstance(config, str) else ("--config", str(config))
     options = (*source, "--listen", f"127.0.0.1:{listen}", "--status", f"127.0.0.1:{status}", *more)
+    few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$@"', "sh")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "xds", "serve", *options, "--scrape-interval", "0.2"),
+        *(*few_files, sys.executable, "-m", "xds", "serve", *options, "--scrape-interval", "0.2"),
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"},
         stdin=asyncio.subprocess.DEVNULL,
@@ -178,6 +181,8 @@ async def test_serve_from_start_to_end(tmp_path: Path) -> None:
         started = await server.event("server started")
         assert started["config"] == str(tmp_path)
         assert await get("/readyz") == (200, "ready\n")
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard, MOST_FILES)  # it was started with 256
 
         write(WHOLE.replace("port: 8080", "port: 8081"))
         assert (await server.event("configuration applied"))["ports"] == [8081]

@@ -29,18 +29,22 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     Condition,
     ConditionType,
     Criticality,
     Gateway,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     ListenerStatus,
     Meta,
     Object,
     ObjectRef,
     Problem,
     Refused,
+    RewriteRule,
     RouteRule,
     ServicePort,
     Status,
@@ -466,31 +470,74 @@ def test_a_pool_whose_newest_version_is_refused(served: bool) -> None:
     assert found == [("gw", {"Accepted": ("False", "Invalid")})]
 
 
-def model(name: str = "m") -> InferenceModel:
-    of = ref("InferencePool", "llm", group=INFERENCE_X)
-    return InferenceModel(Meta(ref("InferenceModel", name)), "qwen", Criticality.STANDARD, (), of)
+OF = ref("InferencePool", "llm", group=INFERENCE_X)
 
 
-def model_says(*objects: Object, refused: Iterable[Refused] = ()) -> Said | None:
-    found = statuses(*objects, refused=refused).get(ref("InferenceModel", "m"))
+def model(name: str = "m", created: str = "") -> InferenceModel:
+    return InferenceModel(Meta(ref("InferenceModel", name), created), "qwen", Criticality.STANDARD, (), OF)
+
+
+def rewrite(*names: str, name: str = "m", created: str = "") -> InferenceModelRewrite:
+    about = Meta(ref("InferenceModelRewrite", name, group=INFERENCE_X), created)
+    return InferenceModelRewrite(about, tuple(RewriteRule((each,), (("x", 1),)) for each in names), OF)
+
+
+def objective(name: str = "m", group: str = INFERENCE_X, created: str = "") -> InferenceObjective:
+    return InferenceObjective(Meta(ref("InferenceObjective", name, group=group), created), -1, OF)
+
+
+Model = InferenceModel | InferenceModelRewrite | InferenceObjective
+READY = {"Ready": ("True", "Ready")}
+OLD = "2025-01-01T00:00:00Z"
+
+
+def model_says(of: Model, *objects: Object, refused: Iterable[Refused] = ()) -> Said | None:
+    found = statuses(*objects, refused=refused).get(of.meta.ref)
     return said(found.conditions) if found else None
 
 
-def test_a_model() -> None:
+@pytest.mark.parametrize(("of", "ready"), [(model(), READY), (objective(), READY), (rewrite("a"), {})])
+def test_what_is_said_of_a_pools_models(of: Model, ready: Said) -> None:
     """It is accepted where its pool is one of ours, ready where the pool is accepted, and nobody's otherwise."""
-    assert model_says(gateway(), pool(), model(), route(to_pool())) == ACCEPTED | {"Ready": ("True", "Ready")}
+    assert model_says(of, gateway(), pool(), of, route(to_pool())) == ACCEPTED | ready
     rejected = route(to_pool(), parents=[parent(section="missing")])
-    assert model_says(gateway(), pool(), model(), rejected) == ACCEPTED | {"Ready": ("False", "PoolNotAccepted")}
-    assert model_says(gateway(), pool(), model()) is None
+    unready = {"Ready": ("False", "PoolNotAccepted")} if ready else {}
+    assert model_says(of, gateway(), pool(), of, rejected) == ACCEPTED | unready
+    assert model_says(of, gateway(), pool(), of) is None
+    elsewhere = replace(of, pool=replace(OF, kind="Other"))
+    assert model_says(of, gateway(), pool(), elsewhere, route(to_pool())) is None
 
 
-@pytest.mark.parametrize("reason", ["ModelNameInUse", "Invalid"])
-def test_a_model_that_is_refused(reason: str) -> None:
-    """For its name, which an older one has, or for what it says."""
-    refused = [Refused(aged(model()), reason, "why")]
-    says = {"Accepted": ("False", reason), "Ready": ("False", reason)}
-    assert model_says(gateway(), pool(), route(to_pool()), refused=refused) == says
-    assert model_says(gateway(), pool(), refused=refused) is None
+@pytest.mark.parametrize(
+    ("of", "older", "says"),
+    [
+        (model(), model("o", OLD), {"Accepted": ("False", "ModelNameInUse"), "Ready": ("False", "ModelNameInUse")}),
+        (
+            objective(),
+            objective(group=LLM_D, created=OLD),
+            {"Accepted": ("False", "Conflicted"), "Ready": ("False", "Conflicted")},
+        ),
+        (rewrite("a"), rewrite("a", name="o", created=OLD), {"Accepted": ("False", "Conflicted")}),
+        (rewrite("a", "b"), rewrite("a", name="o", created=OLD), ACCEPTED),
+    ],
+)
+def test_a_name_that_an_older_object_has(of: Model, older: Model, says: Said) -> None:
+    """The younger says so; of a rewrite with other rules that count only the message does."""
+    objects = gateway(), pool(), of, older, route(to_pool())
+    assert model_says(of, *objects) == says
+    found = statuses(*objects)[of.meta.ref].conditions
+    assert older.meta.ref.name in message(found, ConditionType.ACCEPTED)
+    assert (model_says(older, *objects) or {})["Accepted"] == ("True", "Accepted")
+
+
+@pytest.mark.parametrize("of", [model(), objective(), rewrite("a")])
+def test_a_model_whose_newest_version_is_refused(of: Model) -> None:
+    """Whatever is served of it."""
+    refused = [Refused(aged(of), "Invalid", "why")]
+    found = model_says(of, gateway(), pool(), of, route(to_pool()), refused=refused)
+    assert found is not None
+    assert set(found.values()) == {("False", "Invalid")}
+    assert model_says(of, gateway(), pool(), refused=refused) is None
 
 
 # --- from documents ---------------------------------------------------------------------------------------------------
@@ -516,5 +563,8 @@ def test_what_is_rejected_is_refused() -> None:
     assert found.parents == (parent(),)
     assert outlined(v1, "HTTPRoute", {"parentRefs": [{"name": 1}]}) is None
     assert outlined(x, "InferencePool", {"selector": {}}).meta.ref.name == "x"
-    assert outlined(x, "InferenceModel", {"poolRef": {"name": "p"}}).pool.name == "p"
+    for kind, spec in (("InferenceModel", {}), ("InferenceObjective", {"priority": "x"})):
+        assert outlined(x, kind, {"poolRef": {"name": "p"}, **spec}).pool.name == "p"
+    rules = {"rules": [{"matches": [{"model": {"type": "Regex"}}]}]}
+    assert outlined(x, "InferenceModelRewrite", {"poolRef": {"name": "p"}, **rules}).pool.name == "p"
     assert outlined(f"{GATEWAY}/v1", "ReferenceGrant", {"from": []}) is None

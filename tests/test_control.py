@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ class Recorder:
     def publish(self, snapshot: Snapshot) -> None:
         self.published.append(snapshot)
 
-    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
+    def follow_answers(self, tell: Callable[[str, Mapping[str, str], str], None]) -> None:
         self.tell = tell
 
     @property
@@ -146,7 +146,7 @@ async def test_a_refused_route_is_taken_back_and_named(world: World, logs: Logs)
         return config(*objects, *(route(rule(matches=[exact(p)]), name=p[1:].split("-")[0]) for p in (path, other)))
 
     def answer(verdict: str) -> None:
-        world.recorder.tell(types.ROUTE, "http-8080", routes().version, verdict)
+        world.recorder.tell(types.ROUTE, {"http-8080": routes().version}, verdict)
 
     def routes() -> types.Resource:
         return world.recorder.last.resources[types.ROUTE]["http-8080"]
@@ -187,12 +187,12 @@ async def test_a_refused_cluster_falls_back(world: World, logs: Logs) -> None:
 
     await world.control.configure(objects(A, B))
     good = cluster()
-    world.recorder.tell(types.CLUSTER, POOL, good, "")
+    world.recorder.tell(types.CLUSTER, {POOL: good}, "")
     await world.control.configure(
         config(gateway_class(), gateway(), route(rule(backend("llm", "InferencePool", port=0))), pool(http2=True), A, B)
     )
     assert cluster() != good
-    world.recorder.tell(types.CLUSTER, POOL, cluster(), "no h2")
+    world.recorder.tell(types.CLUSTER, {POOL: cluster()}, "no h2")
     await world.control.review()
     assert cluster() == good
     published = len(world.recorder.published)

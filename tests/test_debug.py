@@ -20,7 +20,7 @@ from xds.metrics import Metrics
 from xds.model import Config, Level, Load, ObjectRef, Rejection
 from xds.scrape import Reading, Scraper
 from xds.server import ManagementServer
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, TYPES, label
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_CONFIG, POOL_LOAD, ROUTE, TYPES, label
 from xds.status import serve_status
 from xds.weights import Pool
 
@@ -172,6 +172,7 @@ async def test_a_pool_that_is_ahead_of_its_topology(running: Running) -> None:
         (ENDPOINT, POOL, "clusterName", POOL),
         (LISTENER, "http-8080", "address", {"socketAddress": {"address": "0.0.0.0", "portValue": 8080}}),
         (ROUTE, "http-8080", "name", "http-8080"),
+        (POOL_CONFIG, POOL, "costs", {}),
         (POOL_LOAD, POOL, "round", "1"),
     ],
     ids=lambda value: label(value) if value in TYPES else None,

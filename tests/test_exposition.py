@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -166,9 +167,9 @@ class VLLM(Collector):
 
 def reference(page: bytes) -> Load | None:
     """The same fields as prometheus_client reads them, None without a KV gauge; the rule of values as documented."""
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     usages: dict[str, list[float]] = {}
-    kv_tokens, start_time = 0, 0.0
+    kv_tokens, start_time, newest = 0, 0.0, 0.0
     for family in text_string_to_metric_families(page.decode()):
         for name, labels, value, *_ in family.samples:
             if name == "vllm:cache_config_info" and labels["num_gpu_blocks"] != "None":
@@ -179,10 +180,15 @@ def reference(page: bytes) -> Load | None:
                 start_time = value
             if name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
                 usages.setdefault(name, []).append(min(value, 1.0))
+            if name == "vllm:lora_requests_info" and value > newest:
+                newest = value
+                sums["max_lora"] = int(labels["max_lora"])
+                for kind in ("running", "waiting"):
+                    sums[f"{kind}_adapters"] = tuple(sorted(labels[f"{kind}_lora_adapters"].split(",")))
             if name in FIELDS:
                 sums[FIELDS[name]] = sums.get(FIELDS[name], 0.0) + value
     usage = usages.get("vllm:kv_cache_usage_perc") or usages.get("vllm:gpu_cache_usage_perc")
-    load = Load(kv_tokens=kv_tokens, start_time=start_time, **sums)
+    load = replace(Load(kv_tokens=kv_tokens, start_time=start_time), **sums)
     return replace(load, kv_usage=sum(usage) / len(usage)) if usage else None
 
 
@@ -191,18 +197,52 @@ def test_the_excerpt_is_read_exactly() -> None:
     assert parse_page(EXCERPT) == EXCERPT_LOAD
 
 
+LORA = """\
+vllm:kv_cache_usage_perc 0.5
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="code",waiting_lora_adapters="code"} 1.795355016862629e+09
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="code,chat",waiting_lora_adapters="chat,sql"} \
+1.7953550182568176e+09
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="old",waiting_lora_adapters=""} 1.7953550182e+09
+"""
+
+
+def test_the_newest_adapters_count() -> None:
+    """Each set of adapters is a series of its own, whose value is the time it was last true."""
+    load = parse_page(LORA.encode())
+    assert load == Load(kv_usage=0.5, max_lora=2, running_adapters=("chat", "code"), waiting_adapters=("chat", "sql"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "adapters"),
+    [
+        ('max_lora="4",running_lora_adapters="",waiting_lora_adapters=""', (4, (), ())),
+        ('running_lora_adapters=",a,,a,",waiting_lora_adapters="b"', (0, ("a",), ("b",))),
+        (r'a="x,running_lora_adapters=\"no\"",max_lora="1",running_lora_adapters="q\"\\,é}"', (1, ('q"\\', "é}"), ())),
+        ('max_lora="many"', (0, (), ())),
+        (f'max_lora="1",running_lora_adapters="{"x" * 257},{"y" * 256}"', (1, ("y" * 256,), ())),
+        (f'running_lora_adapters="{",".join(map(str, range(1000)))}"', (0, tuple(sorted(map(str, range(256)))), ())),
+    ],
+)
+def test_odd_adapters(labels: str, adapters: tuple[int, tuple[str, ...], tuple[str, ...]]) -> None:
+    """Names are unescaped and bounded in number and length; what is no number is none."""
+    load = parse_page(f"vllm:kv_cache_usage_perc 0.5\nvllm:lora_requests_info{{{labels}}} 1\n".encode())
+    assert isinstance(load, Load)
+    assert (load.max_lora, load.running_adapters, load.waiting_adapters) == adapters
+
+
 def test_a_full_page_is_read_as_prometheus_client_reads_it() -> None:
     """On a page of the real size and families, two engines, every field equals the reference and none is left at 0."""
     names = [*GAUGES, *COUNTERS, *(f"{h}_{part}" for h in HISTOGRAMS for part in ("count", "sum"))]
     values = {name: (1000.0 + 7 * n, 2e6 + n) for n, name in enumerate([*names, "process_start_time_seconds"])}
     values["kv_cache_usage_perc"] = (0.25, 0.75)
     page = VLLM(1, ["Qwen/Qwen2.5-7B-Instruct", "lora"], values, cache=[("16", "4096"), ("16", "4097")]).page()
+    page += LORA.partition("\n")[2].encode()
     assert 45_000 < len(page) < 90_000
     load = parse_page(page)
     assert load == reference(page)
     assert isinstance(load, Load)
     assert (load.kv_usage, load.kv_tokens) == (0.5, 16 * 8193)
-    assert all(getattr(load, field) > 0 for field in Load.__slots__)
+    assert all(getattr(load, field) for field in Load.__slots__)
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -19,7 +19,8 @@ from xds.snapshot import SECRET
 @pytest.mark.parametrize("name", CASES)
 def test_output_is_what_the_golden_files_say(name: str) -> None:
     """A change of what Envoy is told is seen, whole, in a diff (`make golden` writes the files)."""
-    expected = {file: (golden_files(name) / file).read_text() for file in ("rejections.txt", *OUTPUTS)}
+    files = ("rejections.txt", *OUTPUTS, "pools.yaml")
+    expected = {file: (golden_files(name) / file).read_text() for file in files}
     assert outputs(CASES[name]) == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xds.in_flight import MAX_AGE, InFlight, Reported, read_report
+from xds.wire import endpoint_pb2
 from xds.wire import load_stats_pb2 as pb
 
 POOL = "pool/default/llm"
@@ -16,9 +17,11 @@ def request(cluster: str = POOL, **in_progress: int) -> pb.LoadStatsRequest:
     message = pb.LoadStatsRequest()
     stats = message.cluster_stats.add(cluster_name=cluster)
     for name, count in in_progress.items():
-        endpoint = stats.upstream_locality_stats.add().upstream_endpoint_stats.add(total_requests_in_progress=count)
-        socket = endpoint.address.socket_address
-        socket.address, socket.port_value = A if name == "a" else B
+        address, port = A if name == "a" else B
+        socket = endpoint_pb2.SocketAddress(address=address, port_value=port)
+        stats.upstream_locality_stats.add().upstream_endpoint_stats.add(
+            address=endpoint_pb2.Address(socket_address=socket).SerializeToString(), total_requests_in_progress=count
+        )
     return message
 
 

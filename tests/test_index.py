@@ -10,19 +10,7 @@ from hypothesis import strategies as st
 
 from tests.tls_files import CERTS
 from xds.index import Index, LiveIndex, Reading
-from xds.model import (
-    INFERENCE_X,
-    Config,
-    Criticality,
-    InferenceModel,
-    InferencePool,
-    Level,
-    Meta,
-    ObjectRef,
-    Pod,
-    Refused,
-    Rejection,
-)
+from xds.model import INFERENCE_X, Config, InferencePool, Level, Meta, ObjectRef, Pod, Refused, Rejection
 from xds.parse import Parsed, parse
 
 
@@ -137,24 +125,6 @@ def test_order_of_a_config() -> None:
     assert config == Index().update(Reading(documents[::-1], rejections[::-1])).config()
 
 
-def test_oldest_model_of_a_name_wins() -> None:
-    """Of InferenceModels for one model name of one pool the oldest is served; another pool is another matter."""
-
-    def model(name: str, created: str, pool: str = "p") -> Parsed:
-        meta = Meta(_ref(name, "InferenceModel"), created, source=f"f:{name}")
-        served = InferenceModel(meta, "qwen", Criticality.STANDARD, (), _ref(pool, "InferencePool"))
-        return Parsed(meta.source, meta.ref, served)
-
-    young, old = model("young", "2025-01-01T00:00:00Z"), model("old", "2024-01-01T00:00:00Z")
-    config = Index().update(Reading((young, old, model("other", "", "q")))).config()
-    assert [each.meta.ref.name for each in config.models] == ["old", "other"]
-    (conflict,) = config.rejections
-    assert (conflict.ref, conflict.reason, conflict.field) == (young.ref, "Conflicted", "spec.modelName")
-    assert conflict.message.startswith("InferenceModel default/old is older")
-    (refused,) = config.refused
-    assert (refused.object, refused.reason, refused.message) == (young.object, "ModelNameInUse", conflict.message)
-
-
 def test_a_refused_version_says_what_is_served_instead() -> None:
     """The version before it, if there is one; and it is forgotten with the next good one."""
     first = Index().update(Reading((_refused("a", "why"),)))
@@ -199,6 +169,8 @@ def test_every_kind_reaches_its_field() -> None:
         },
         {"apiVersion": inference, "kind": "InferencePool", "spec": {"selector": {"a": "b"}, "targetPortNumber": 1}},
         {"apiVersion": inference, "kind": "InferenceModel", "spec": {"modelName": "m", "poolRef": {"name": "x"}}},
+        {"apiVersion": inference, "kind": "InferenceModelRewrite", "spec": {"rules": [], "poolRef": {"name": "x"}}},
+        {"apiVersion": inference, "kind": "InferenceObjective", "spec": {"poolRef": {"name": "x"}}},
     ]
     config = Index().update(Reading(tuple(parse(x | document) for document in documents))).config()
     assert config.rejections == ()

@@ -105,8 +105,16 @@ async def test_envoys_are_asked_and_their_reports_summed(served: Served) -> None
     first.call.cancel()
 
 
+NO_ADDRESS = pb.LoadStatsRequest(
+    cluster_stats=[
+        {"cluster_name": POOL, "upstream_locality_stats": [{"upstream_endpoint_stats": [{"address": b"\xff"}]}]}
+    ]
+)
+
+
+@pytest.mark.parametrize("broken", [b"\xff", NO_ADDRESS.SerializeToString()])
 @pytest.mark.parametrize("greeted", [True, False])
-async def test_what_can_not_be_read_ends_the_stream(served: Served, greeted: bool) -> None:
+async def test_what_can_not_be_read_ends_the_stream(served: Served, greeted: bool, broken: bytes) -> None:
     """With INVALID_ARGUMENT, and what that Envoy had reported is forgotten."""
     raw: Any = served.channel.stream_stream(f"/{SERVICE}/StreamLoadStats")()
     if greeted:
@@ -114,7 +122,7 @@ async def test_what_can_not_be_read_ends_the_stream(served: Served, greeted: boo
         await raw.read()
         await raw.write(request(a=3).SerializeToString())
         await served.until({"10.0.0.1:8000": 3})
-    await raw.write(b"\xff")
+    await raw.write(broken)
     async with asyncio.timeout(PATIENCE):
         assert await raw.code() is grpc.StatusCode.INVALID_ARGUMENT
     async with asyncio.timeout(PATIENCE):

@@ -13,7 +13,8 @@ from xds.wire import load_pb2 as pb
 A = Endpoint("10.0.0.2", 8000, "default/a")
 B = Endpoint("10.0.0.1", 8000, "default/b")
 LEAVING = Endpoint("10.0.0.3", 8000, "default/c", draining=True)
-LOAD = Load(running=3, waiting=2, kv_usage=0.5, kv_tokens=4096, start_time=1_700_000_000.5)
+LOAD = Load(running=3, waiting=2, kv_usage=0.5, kv_tokens=4096, start_time=1_700_000_000.5,
+            max_lora=2, running_adapters=("a", "b"), waiting_adapters=("c",))  # fmt: skip
 
 
 def read(*endpoints: Endpoint, loads: dict[str, Load], now: float = 10.0, at: float = 10.0) -> pb.PoolLoad:
@@ -45,6 +46,7 @@ def test_a_reading_is_passed_on_with_its_age() -> None:
     assert (entry.running, entry.waiting, entry.kv_usage, entry.kv_tokens) == (3, 2, 0.5, 4096)
     assert entry.start_time == 1_700_000_000.5
     assert entry.prefill_rate == 0
+    assert (entry.max_lora, list(entry.running_adapters), list(entry.waiting_adapters)) == (2, ["a", "b"], ["c"])
 
 
 def test_an_endpoint_never_read_has_a_negative_age_and_no_load() -> None:
@@ -68,6 +70,16 @@ def test_the_prefill_rate_is_tokens_a_second() -> None:
         pool, _ = weigh(pool, [Sample("default/a", load, now)], now, 2.0)
     (entry,) = pb.PoolLoad.FromString(pool_load(Cluster("p", (A,)), pool, 10.0, 1)).endpoints
     assert entry.prefill_rate == pytest.approx(2000)
+
+
+def test_restarts_are_counted_where_the_page_has_no_start_time() -> None:
+    """By counters that went back: the number of starts takes the start time's place, which only has to change."""
+    pool, counts = Pool("p"), []
+    for now, tokens in ((0.0, 500.0), (2.0, 900.0), (4.0, 10.0), (6.0, 20.0), (8.0, 5.0)):
+        pool, _ = weigh(pool, [Sample("default/a", Load(prompt_tokens=tokens), now)], now, 2.0)
+        (entry,) = pb.PoolLoad.FromString(pool_load(Cluster("p", (A,)), pool, now, 1)).endpoints
+        counts.append(entry.start_time)
+    assert counts == [1, 1, 2, 2, 3]
 
 
 def test_an_ipv6_address_is_told_from_its_port() -> None:

@@ -14,14 +14,18 @@ from xds.fields import MAX_LABELS, Reader, describe
 from xds.model import (
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     Criticality,
     EndpointSlice,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Level,
     ObjectRef,
     Pod,
     Rejection,
+    RewriteRule,
     Service,
     ServicePort,
     SliceEndpoint,
@@ -116,6 +120,32 @@ spec:
   criticality: Critical
   poolRef: {group: inference.networking.x-k8s.io, kind: InferencePool, name: vllm-qwen-pool}
   targetModels: [{name: /model/qwen, weight: 100}]
+---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceModelRewrite
+metadata: {name: alias}
+spec:
+  poolRef: {group: inference.networking.k8s.io, kind: InferencePool, name: p1}
+  rules:
+  - matches: [{model: {type: Exact, value: chat}}, {model: {value: chat-latest}}]
+    targets: [{modelRewrite: chat-v1, weight: 9}, {modelRewrite: chat-v2, weight: 1}]
+  - matches: []
+    targets: [{modelRewrite: base}]
+---
+apiVersion: llm-d.ai/v1alpha2
+kind: InferenceModelRewrite
+metadata: {name: alias}
+spec: {poolRef: {name: p1}, rules: []}
+---
+apiVersion: inference.networking.x-k8s.io/v1alpha2
+kind: InferenceObjective
+metadata: {name: low}
+spec: {priority: -10, poolRef: {name: p1}}
+---
+apiVersion: llm-d.ai/v1alpha2
+kind: InferenceObjective
+metadata: {name: usual}
+spec: {poolRef: {group: inference.networking.x-k8s.io, name: p1}}
 ---
 apiVersion: v1
 kind: Service
@@ -377,6 +407,60 @@ def test_inference_model() -> None:
     assert (plain.criticality, plain.targets) == (Criticality.STANDARD, (("a", 1), ("b", 1)))
     document["spec"]["targetModels"][0]["weight"] = 2
     assert _only(parse(document)).field == "spec.targetModels"
+
+
+def test_inference_model_rewrite() -> None:
+    """A rule's matches are alternatives, none are every name; the pool's group is the newer one unless given."""
+    for group in (INFERENCE_X, LLM_D):
+        document = _object("InferenceModelRewrite")
+        document["apiVersion"] = f"{group}/v1alpha2"
+        del document["spec"]["poolRef"]["group"]
+        rewrite = parse(document).object
+        assert isinstance(rewrite, InferenceModelRewrite)
+        assert rewrite.meta.ref == ObjectRef(group, "InferenceModelRewrite", "default", "alias")
+        assert rewrite.pool == ObjectRef(INFERENCE, "InferencePool", "default", "p1")
+        assert rewrite.rules == (
+            RewriteRule(("chat", "chat-latest"), (("chat-v1", 9), ("chat-v2", 1))),
+            RewriteRule((), (("base", 1),)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ({"targets": [{"modelRewrite": "a", "weight": 1}, {"modelRewrite": "b"}]}, "targets"),
+        ({"targets": [{"modelRewrite": "a", "weight": 0}]}, "targets[0].weight"),
+        ({"targets": [{}]}, "targets[0].modelRewrite"),
+        ({"targets": [{"modelRewrite": ""}]}, "targets[0].modelRewrite"),
+        ({"matches": [{}]}, "matches[0].model.value"),
+        ({"matches": [{"model": {"type": "Prefix", "value": "a"}}]}, "matches[0].model.type"),
+        ({"matches": [{"model": {"value": ""}}]}, "matches[0].model.value"),
+    ],
+)
+def test_bad_rewrite(rule: Any, field: str) -> None:
+    """An object that breaks its schema is rejected whole, as the API server would."""
+    document = _object("InferenceModelRewrite")
+    document["spec"]["rules"] = [{}, rule]
+    parsed = parse(document)
+    assert parsed.object is None
+    assert (_only(parsed).reason, _only(parsed).field) == ("Invalid", f"spec.rules[1].{field}")
+
+
+def test_inference_objective() -> None:
+    """Of both groups; without a priority it is 0."""
+    for name, group, priority in (("low", INFERENCE_X, -10), ("usual", LLM_D, 0)):
+        objective = parse(_object("InferenceObjective", group)).object
+        assert isinstance(objective, InferenceObjective)
+        assert (objective.meta.ref.name, objective.priority) == (name, priority)
+    document = _object("InferenceObjective")
+    document["spec"]["priority"] = 2**31
+    assert _only(parse(document)).field == "spec.priority"
+
+
+def test_kinds_of_llm_d_that_are_not_read_are_others() -> None:
+    """Its group has kinds of its own, which are no mistake in a directory of ours."""
+    document = {"apiVersion": "llm-d.ai/v1alpha1", "kind": "ModelService", "metadata": {"name": "x"}, "spec": {}}
+    assert parse(document) == Parsed()
 
 
 def test_service() -> None:

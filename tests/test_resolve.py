@@ -17,13 +17,17 @@ from tests.objects import (
     gateway,
     gateway_class,
     grant,
+    inference_model,
     listener,
+    objective,
     parent,
     pod,
     policy,
     pool,
     prefix,
     ref,
+    rewrite,
+    rewrite_rule,
     route,
     rule,
     secret,
@@ -44,6 +48,8 @@ from xds.model import (
     ObjectRef,
     ParentRef,
     PathMatch,
+    PoolSettings,
+    Renames,
     RequestRedirect,
     Requirement,
     Respond,
@@ -603,6 +609,64 @@ def test_a_pool_makes_an_llm_route_and_its_strategy_a_picked_one(strategy: Strat
     """One pool among the backends is enough for both."""
     found = forwarded(route(rule(backend(), backend("llm", "InferencePool"))), pool(strategy=strategy))
     assert (found.llm, found.picked) == (True, picked)
+
+
+def test_models_ask_for_the_picker() -> None:
+    """A renamed model or one that may be shed, also of a DEFAULT pool; then unknown names are refused there, too. A
+    model that the pods serve as it is asks for nothing: the seed's pool needs no picker."""
+    to = route(rule(backend("llm", "InferencePool")))
+    plain = forwarded(to, pool(), inference_model("a", "m", ("m", 100)))
+    assert (plain.asked, plain.refuses, plain.renames, plain.objectives) == (False, False, (), False)
+    renamed = forwarded(to, pool(), inference_model("a", "m", ("lora", 1)))
+    assert (renamed.asked, renamed.picked, renamed.refuses) == (True, False, True)
+    assert renamed.renames == (Renames(("m",)),)
+    alias = forwarded(to, pool(), rewrite("a", rewrite_rule("m", targets=(("lora", 1),))))
+    assert (alias.asked, alias.refuses, alias.renames) == (True, False, (Renames(("m",)),))
+    shed = forwarded(to, pool(), objective("low", -1))
+    assert (shed.asked, shed.refuses, shed.objectives) == (True, True, True)
+    picked = forwarded(to, pool(strategy=Strategy.PREFIX_CACHE), inference_model("a", "m", ("m", 100)))
+    assert (picked.asked, picked.picked, picked.refuses, picked.renames) == (True, True, True, ())
+
+
+def test_each_pool_of_a_route_has_its_models() -> None:
+    """What one of them asks for is asked for the route; what two ask for alike, once."""
+    found = forwarded(
+        route(rule(*(backend(name, "InferencePool") for name in "abc"))),
+        *(pool(name) for name in "abc"),
+        inference_model("1", "m", ("x", 1), of="a"),
+        inference_model("2", "m", ("y", 1), of="b"),
+        rewrite("3", rewrite_rule("n", targets=(("z", 1),)), of="c"),
+    )
+    assert found.renames == (Renames(("m",)), Renames(("n",)))
+    assert found.refuses
+
+
+def test_conflicts_of_models_are_said_once() -> None:
+    """They are part of the topology's rejections, however many routes reach the pool."""
+    topology = served(
+        gateway(),
+        route(rule(backend("llm", "InferencePool")), name="a"),
+        route(rule(backend("llm", "InferencePool"), matches=[prefix("/b")]), name="b"),
+        pool(),
+        inference_model("old", created="2024-01-01T00:00:00Z"),
+        inference_model("young", created="2025-01-01T00:00:00Z"),
+    )
+    assert [(each.ref and each.ref.name, each.reason) for each in topology.rejections] == [("young", "Conflicted")]
+
+
+def test_session_headers_are_those_of_picked_pools() -> None:
+    """Each once, sorted; a pool without a picker has nobody to tell."""
+    settings = {
+        "a": ("x-b", Strategy.PREFIX_CACHE),
+        "b": ("x-a", Strategy.PREFIX_CACHE),
+        "c": ("x-c", Strategy.DEFAULT),
+    }
+    pools = [
+        pool(name, strategy=strategy, settings=PoolSettings(session_header=header))
+        for name, (header, strategy) in (settings | {"d": settings["a"], "e": ("", Strategy.PREFIX_CACHE)}).items()
+    ]
+    found = forwarded(route(rule(*(backend(name, "InferencePool") for name in "abcde"))), *pools)
+    assert found.session_headers == ("x-a", "x-b")
 
 
 @pytest.mark.parametrize(

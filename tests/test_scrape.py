@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
+from statistics import median
 
 import pytest
 from structlog.testing import capture_logs
@@ -406,3 +407,17 @@ async def test_many_new_targets_are_spread_and_keep_their_phase(pods: Pods) -> N
     for turn in range(2):
         at = sorted(pods.times[name][turn] for name in names)
         assert at[-1] - at[0] > 99 * SPREAD / 2
+
+
+async def test_a_stall_leaves_the_phases(pods: Pods) -> None:
+    """When the loop has stood still all are asked at once, and after that each at its own time again: spread."""
+    names, interval = [f"p{n:02}" for n in range(50)], 0.4
+    async with scraping(pods, [pods.cluster(*names)], interval):
+        await pods.until(lambda: min(pods.asked[name] for name in names) >= 1)
+        before = dict(pods.asked)
+        time.sleep(1.25 * interval)  # noqa: ASYNC251 - the stall
+        await pods.until(lambda: all(pods.asked[name] >= before[name] + 2 for name in names))
+    later = {name: pods.times[name][before[name] + 1] for name in names}
+    phases = [(later[name] - pods.times[name][0]) % interval for name in names]
+    assert median(min(phase, interval - phase) for phase in phases) < interval / 5
+    assert max(later.values()) - min(later.values()) > 49 * SPREAD / 2

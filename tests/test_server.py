@@ -282,6 +282,28 @@ async def test_too_many_names_cost_the_stream(connect: Any) -> None:
         assert await client.call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_stream_that_asks_for_nothing_is_closed() -> None:
+    """It ends after a while with DEADLINE_EXCEEDED; one that has asked stays, however long it is silent after that."""
+    server = ManagementServer(Metrics(), first_request=0.1)
+    (port,) = await server.start(["127.0.0.1:0"])
+    server.publish(snapshot(cds={"a": "1"}))
+    try:
+        async with (
+            AdsClient(f"127.0.0.1:{port}", DeltaPeer()) as good,
+            AdsClient(f"127.0.0.1:{port}", DeltaPeer()) as silent,
+        ):
+            await good.send(good.peer.subscribe(CLUSTER))
+            await good.receive()
+            await silent.call.wait_for_connection()
+            async with asyncio.timeout(PATIENCE):
+                assert await silent.call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await good.send(good.peer.subscribe(ENDPOINT, "none"))
+            assert (await good.receive()).type_url == ENDPOINT
+            assert len(server.clients()) == 1
+    finally:
+        await server.stop(grace=0.1)
+
+
 async def test_a_stuck_client_slows_nobody(served: Served, connect: Any) -> None:
     """A client that neither reads nor answers gets one response however much is published; the other gets it all."""
     stuck, good = await connect(DeltaPeer("stuck")), await connect(DeltaPeer("good"))

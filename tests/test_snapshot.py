@@ -11,6 +11,7 @@ from xds.snapshot import (
     CLUSTER,
     ENDPOINT,
     LISTENER,
+    POOL_CONFIG,
     POOL_LOAD,
     ROUTE,
     TYPES,
@@ -68,6 +69,7 @@ def _grouped() -> Snapshot:
             CLUSTER: [resource(CLUSTER, name, refs=[(ENDPOINT, name)]) for name in ("a", "b", "both")]
             + [resource(CLUSTER, "picker")],
             ENDPOINT: [resource(ENDPOINT, name) for name in ("a", "b", "both")],
+            POOL_CONFIG: [resource(POOL_CONFIG, name) for name in ("a", "b")],
             POOL_LOAD: [resource(POOL_LOAD, name) for name in ("a", "b")],
         },
         {"": [], "x": ["a", "b"], "y": ["b"]},
@@ -75,7 +77,7 @@ def _grouped() -> Snapshot:
 
 
 def test_a_view_is_what_the_groups_listeners_need() -> None:
-    """Listeners, their routes, clusters and endpoints; every pool load, for a picker is in no group."""
+    """Listeners, their routes, clusters and endpoints; all that is for pickers, for these are in no group."""
     whole = _grouped()
     assert whole.view("x").resources == whole.resources
     assert whole.view("x").versions == whole.versions
@@ -86,10 +88,12 @@ def test_a_view_is_what_the_groups_listeners_need() -> None:
         "Listener": ["b"],
         "RouteConfiguration": ["b"],
         "Secret": [],
+        "PoolConfig": ["a", "b"],
         "PoolLoad": ["a", "b"],
     }
     assert {label(type_url): list(found) for type_url, found in whole.view("").resources.items() if found} == {
-        "PoolLoad": ["a", "b"]
+        "PoolConfig": ["a", "b"],
+        "PoolLoad": ["a", "b"],
     }
 
 
@@ -132,6 +136,17 @@ def test_replace_shares_what_is_equal() -> None:
     assert second.resources[LISTENER] is first.resources[LISTENER]
     assert second.versions[ENDPOINT] != first.versions[ENDPOINT]
     assert first.resources[ENDPOINT]["a"].version == resource(ENDPOINT, "a").version
+
+
+def test_a_step_names_what_differs() -> None:
+    """What was added, changed or taken away, from the very object before; equal content is no step, and hides none."""
+    first = Snapshot.of({}).replace({ENDPOINT: [resource(ENDPOINT, name) for name in "abc"]})
+    second = first.replace({ENDPOINT: [resource(ENDPOINT, "a"), resource(ENDPOINT, "b", "2"), resource(ENDPOINT, "d")]})
+    step = second.steps[ENDPOINT]
+    assert step.before is first.resources[ENDPOINT]
+    assert step.names == {"b", "c", "d"}
+    assert second.replace({CLUSTER: [resource(CLUSTER, "a")]}).steps[ENDPOINT] is step
+    assert CLUSTER not in second.steps
 
 
 def test_impossible_snapshots_are_refused() -> None:

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
 from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
-from xds.stream import HOLD, MAX_MESSAGE, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.stream import HOLD, MAX_MESSAGE, MAX_NAME, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.wire import discovery_pb2 as wire
 
 
 class MemoryLink(Link):
@@ -32,7 +33,8 @@ class MemoryLink(Link):
         return stream("test", self.only)
 
     def advance(self) -> None:
-        self.responses.extend(self.stream.advance(self.snapshot, self.now))
+        sent = self.stream.advance(self.snapshot, self.now)
+        self.responses.extend(self.peer.response.FromString(each.encode()) for each in sent)
 
     async def publish(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -138,6 +140,9 @@ def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
     assert kind(client.nack(link.responses.popleft())) is Kind.NACK
     assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
     assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    client.names = {ENDPOINT: {"b"}}
+    assert kind(client.subscribe(ENDPOINT, "x" * MAX_NAME)) is Kind.NAMES
+    assert kind(client.subscribe(ENDPOINT, "x" * (MAX_NAME + 1))) is Kind.EXCESS
     client.names = {ENDPOINT: {"a"}}
     link.stream = link._open()
     assert kind(client.reconnect()[0] if peer is DeltaPeer else client.repeat(ENDPOINT)) is Kind.RECONNECT
@@ -154,6 +159,15 @@ async def test_refusal_says_what_was_refused(link: MemoryLink) -> None:
     assert refusal == Refusal(ENDPOINT, published.versions[ENDPOINT], response.nonce, versions, "x" * MAX_MESSAGE)
     assert link.stream.subscriptions[ENDPOINT].last_nack == "x" * MAX_MESSAGE
     await link.quiet()
+
+
+@pytest.mark.parametrize("held", [{str(n): "1" for n in range(MAX_NAMES + 1)}, {"x" * (MAX_NAME + 1): "1"}])
+def test_what_a_client_says_it_holds_is_bounded(held: dict[str, str]) -> None:
+    """A delta client that comes back with more or longer names than any server gave it is cut off as well."""
+    request = wire.DeltaDiscoveryRequest(type_url=CLUSTER, initial_resource_versions=held)
+    stream = DeltaStream()
+    assert stream.receive(request).kind is Kind.EXCESS
+    assert not stream.subscriptions[CLUSTER].held
 
 
 async def test_a_version_stands_for_what_the_client_holds(link: MemoryLink) -> None:
@@ -200,6 +214,40 @@ async def test_an_answer_says_what_the_client_has_taken(link: MemoryLink) -> Non
     assert taken(link.peer.reconnect()[0]) == ({"a": version} if link.delta else {})
 
 
+@pytest.mark.parametrize("peer", PEERS)
+async def test_what_many_clients_are_sent_is_encoded_once(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """Clients that need the same resources share their bytes, whatever else differs; others have bytes of their own."""
+    published = snapshot(cds={"a": "1", "b": "1"})
+    links = [MemoryLink(peer()) for _ in range(3)]
+    links[1].snapshot = snapshot()
+    await links[1].send(links[1].peer.subscribe(LISTENER))  # its next nonce is another
+    sent = []
+    for link, names in zip(links, ((), (), ("a",)), strict=True):
+        link.stream.receive(link.peer.subscribe(CLUSTER, *names))
+        sent.extend(link.stream.advance(published, 0.0))
+    one, two, other = (each for each in sent if each.type_url == CLUSTER)
+    assert one.resources is two.resources
+    assert one.nonce != two.nonce
+    assert (one.count, other.count) == (2, 1)
+    decoded = [links[0].peer.response.FromString(each.encode()) for each in (one, two)]
+    assert [(each.nonce, len(each.resources)) for each in decoded] == [(one.nonce, 2), (two.nonce, 2)]
+    assert other.resources not in (b"", one.resources)
+
+
+async def test_only_what_is_asked_for_concerns_a_client(link: MemoryLink) -> None:
+    """A snapshot that differs in other types alone gives a client nothing to do; the first one always may."""
+    first = snapshot(**FULL)
+    await link.publish(first)
+    await link.send(link.peer.subscribe(ENDPOINT, "a"))
+    assert link.stream.concerned(None, first)
+    assert not link.stream.concerned(None, None)
+    loads = first.replace({POOL_LOAD: [resource(POOL_LOAD, "pool/a")]})
+    assert not link.stream.concerned(first, loads)
+    endpoints = loads.replace({ENDPOINT: [resource(ENDPOINT, "b")]})
+    assert link.stream.concerned(loads, endpoints)
+    assert link.stream.concerned(first, endpoints)
+
+
 REVISIONS = st.sampled_from(["1", "2", "3", "bad"])
 WORLDS = st.fixed_dictionaries(
     {kind: st.dictionaries(st.sampled_from("abcd"), REVISIONS) for kind in ("cds", "eds", "lds", "rds")}
@@ -228,12 +276,17 @@ class Conversation(RuleBasedStateMachine):
         self.may_repeat: set[tuple[str, str]] = set()  # (type, nonce)
         self.asked_again: set[tuple[str, str]] = set()  # (type, name): was in such a response, which the peer refused
 
-    @rule(world=WORLDS)
-    def publish(self, world: dict[str, dict[str, str]]) -> None:
-        self._publish(world)
+    @rule(world=WORLDS, anew=st.booleans())
+    def publish(self, world: dict[str, dict[str, str]], anew: bool) -> None:
+        self._publish(world, anew)
 
-    def _publish(self, world: dict[str, dict[str, str]]) -> None:
-        self.snapshot = snapshot(**world)
+    def _publish(self, world: dict[str, dict[str, str]], anew: bool = False) -> None:
+        """Publish a snapshot that follows from the one before, or one made `anew`."""
+        made = snapshot(**world)
+        if anew or self.snapshot is None:
+            self.snapshot = made
+        else:
+            self.snapshot = self.snapshot.replace({kind: all_.values() for kind, all_ in made.resources.items()})
         self.refused.clear()
         self.forget_what_is_gone()
         self.advance()
@@ -282,7 +335,9 @@ class Conversation(RuleBasedStateMachine):
         self.asked_again.clear()
 
     def advance(self) -> None:
-        for response in self.stream.advance(self.snapshot, self.now):
+        self.check_steps()
+        for each in self.stream.advance(self.snapshot, self.now):
+            response = self.peer.response.FromString(each.encode())
             if response.type_url in self.excused:
                 self.excused.discard(response.type_url)
                 self.may_repeat.add((response.type_url, response.nonce))
@@ -291,6 +346,19 @@ class Conversation(RuleBasedStateMachine):
             self.responses.append(response)
         per_type = [response.type_url for response in self.responses]
         assert len(per_type) == len(set(per_type)), "two unanswered responses of a type"
+        self.check_steps()
+
+    def check_steps(self) -> None:
+        """What is found by looking only at what the last step changed is what is found by looking at everything."""
+        if self.snapshot is None:
+            return
+        for type_url, sub in self.stream.subscriptions.items():
+            resources, step = self.snapshot.resources[type_url], self.snapshot.steps.get(type_url)
+            known = sub._clean
+            quick = sub.changes(resources, step)
+            sub._clean = None
+            assert quick == sub.changes(resources)
+            sub._clean = known
 
     def take(self, response: Any) -> None:
         type_url, updates = response.type_url, self.peer.updates(response)

@@ -13,6 +13,7 @@ from tests.goldens import decoded
 from tests.objects import (
     backend,
     config,
+    exact,
     gateway,
     gateway_class,
     listener,
@@ -24,14 +25,17 @@ from tests.objects import (
     secret,
     service,
 )
+from xds import routes
 from xds import snapshot as types
 from xds.endpoints import assignment
 from xds.envoy import PICKER_CLUSTER, Options
-from xds.model import Cluster, Endpoint, Strategy, Topology
+from xds.model import Cluster, Endpoint, PoolSettings, Strategy, Topology
+from xds.pools import pool_config
 from xds.resolve import resolve
 from xds.snapshot import Snapshot, missing
 from xds.translate import reweigh, translate, with_loads
 from xds.weights import BASE
+from xds.wire import pool_config_pb2 as pb
 
 LLM = backend("llm", "InferencePool", port=0)
 OBJECTS = (gateway_class(), gateway(), service(), pool(), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"))
@@ -108,6 +112,7 @@ def test_a_snapshot_has_what_the_topology_has() -> None:
         "Cluster": [POOL.name, WEB.name, PICKER_CLUSTER],
         "ClusterLoadAssignment": [POOL.name, WEB.name],
         "Secret": [],
+        "PoolConfig": [POOL.name],
         "PoolLoad": [],
     }
     assert missing(snapshot) == ()
@@ -151,6 +156,17 @@ def test_pool_loads_replace_those_before() -> None:
     assert after.resources[types.CLUSTER] is before.resources[types.CLUSTER]
 
 
+def test_each_pool_has_its_config() -> None:
+    """And no Service has one; what is set of a pool is in it, and touches nothing of Envoy's but the pool's cluster."""
+    pool = replace(POOL, strategy=Strategy.PREFIX_CACHE)
+    tuned = replace(pool, settings=PoolSettings(hash_balance_factor=150, request_cost=0))
+    before, after = (snapshot_of(replace(TOPOLOGY, clusters=(each, WEB))) for each in (pool, tuned))
+    assert list(before.resources[types.POOL_CONFIG]) == [POOL.name]
+    assert pb.PoolConfig.FromString(pool_config(tuned)).costs == pb.Costs(request_cost=0)
+    changed = {types.label(t) for t in types.TYPES if before.versions[t] != after.versions[t]}
+    assert changed == {"PoolConfig", "Cluster"}
+
+
 def test_a_change_of_routes_does_not_touch_the_listener() -> None:
     """A changed listener drains connections and cuts running answers: routes, strategy and pods leave it alone."""
     changed = resolve(
@@ -187,6 +203,24 @@ def test_a_port_of_https_has_routes_for_each_name_and_its_secrets() -> None:
     assert list(snapshot.resources[types.SECRET]) == ["secret/default/one", "secret/default/two"]
     renewed = snapshot_of(resolve(config(*objects, secret("one", "second"), secret("two"))))
     assert {types.label(t) for t in types.TYPES if renewed.versions[t] != snapshot.versions[t]} == {"Secret"}
+
+
+def test_what_is_equal_is_not_built_again() -> None:
+    """Of two configurations that differ in one route of many: listener and clusters are the same objects, and the
+    routes' bytes are those of a translation that knows nothing of the other."""
+
+    def made(path: str) -> Snapshot:
+        paths = [f"/{i}" for i in range(9)] + [path]
+        several = (route(rule(matches=[exact(p)]), name=f"r{i}") for i, p in enumerate(paths))
+        return snapshot_of(resolve(config(*OBJECTS, *several)))
+
+    before, after = made("/old"), made("/new")
+    for type_url in (types.LISTENER, types.CLUSTER):
+        for name, resource in before.resources[type_url].items():
+            assert after.resources[type_url][name] is resource
+    assert before.versions[types.ROUTE] != after.versions[types.ROUTE]
+    routes._routes.cache_clear()
+    assert made("/new").versions == after.versions
 
 
 def test_each_group_has_its_listeners_and_what_they_need() -> None:

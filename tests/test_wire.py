@@ -142,7 +142,9 @@ PAIRS: dict[str, tuple[Any, Any]] = {
                         {
                             "upstream_endpoint_stats": [
                                 {
-                                    "address": {"socket_address": {"address": "10.0.0.1", "port_value": 8000}},
+                                    "address": endpoint_pb2.Address(
+                                        socket_address={"address": "10.0.0.1", "port_value": 8000}
+                                    ).SerializeToString(),
                                     "total_requests_in_progress": 300,
                                 }
                             ]

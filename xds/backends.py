@@ -16,23 +16,23 @@ from xds.model import (
     CORE,
     GATEWAY,
     INFERENCE,
-    INFERENCE_X,
     BackendRef,
     Cluster,
     Config,
     Endpoint,
     EndpointSlice,
     InferencePool,
-    Level,
     ObjectRef,
     Pod,
-    Rejection,
+    PoolModels,
     Service,
     ServicePort,
     authority,
 )
+from xds.models import POOL_GROUPS, PoolKey
 
-POOL_GROUPS = (INFERENCE, INFERENCE_X)
+NO_RULES = PoolModels()
+NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
 TLS_PROTOCOLS = ("https", "kubernetes.io/wss")  # appProtocols that plaintext can not reach
 
@@ -53,16 +53,18 @@ def service_cluster_name(namespace: str, name: str, port: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The name of a backend's cluster, and how to make it."""
+    """The name of a backend's cluster, how to make it, and its models."""
 
     name: str
     build: Callable[[], Cluster]
+    models: PoolModels = NO_RULES
 
 
 class Backends:
     """Resolves the backendRefs of one Config; `clusters` fills with what was resolved (mutable, one per resolution)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
+        self._models = models
         self.clusters: dict[str, Cluster] = {}
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
         # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
@@ -90,7 +92,9 @@ class Backends:
         if isinstance(found, tuple):
             return found
         if found.name not in self.clusters:
-            self.clusters[found.name] = replace(found.build(), connect_timeout=connect, connection_idle_timeout=idle)
+            self.clusters[found.name] = replace(
+                found.build(), models=found.models, connect_timeout=connect, connection_idle_timeout=idle
+            )
         return self.clusters[found.name]
 
     def problem(self, backend: BackendRef, route_namespace: str) -> tuple[str, str] | None:
@@ -133,7 +137,8 @@ class Backends:
         if pool is None:
             return "BackendNotFound", f"{ref} does not exist"
         name = pool_cluster_name(ref.namespace, ref.name)
-        return _Found(name, partial(pool_cluster, name, pool, self._pods[ref.namespace]))
+        models = self._models.get((ref.namespace, ref.name), NO_RULES)
+        return _Found(name, partial(pool_cluster, name, pool, self._pods[ref.namespace]), models)
 
 
 Grants = Set[tuple[tuple[str, str, str], str, tuple[str, str, str]]]  # (source, namespace, target) as in ReferenceGrant
@@ -178,6 +183,7 @@ def pool_cluster(name: str, pool: InferencePool, pods: list[Pod]) -> Cluster:
         strategy=pool.strategy,
         http2=pool.http2,
         ref=pool.meta.ref,
+        settings=pool.settings,
     )
 
 
@@ -211,23 +217,6 @@ def service_cluster(
         endpoints=_distinct(endpoints),
         http2=port.app_protocol == "kubernetes.io/h2c",
         ref=service.meta.ref,
-    )
-
-
-def unserved_targets(config: Config) -> tuple[Rejection, ...]:
-    """Warnings for InferenceModels that ask for what this version does not do: sending another name to the pod."""
-    return tuple(
-        Rejection(
-            model.meta.ref,
-            "UnsupportedValue",
-            f"model names are passed on unchanged: requests for {model.model_name!r} are not renamed to {target!r}",
-            "spec.targetModels",
-            model.meta.source,
-            Level.WARNING,
-        )
-        for model in config.models
-        for target, _ in model.targets
-        if target != model.model_name
     )
 
 

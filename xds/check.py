@@ -9,7 +9,7 @@ from typing import TextIO
 
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
-from xds.model import Forward, Level, Rejection, Respond, Topology
+from xds.model import Criticality, Forward, Level, ModelRule, Rejection, Respond, Topology
 from xds.resolve import CONTROLLER_NAMES, resolve
 from xds.translate import translate
 
@@ -68,7 +68,14 @@ def _served(topology: Topology) -> list[str]:
     for cluster in topology.clusters:
         strategy = cluster.strategy or "round robin"
         lines.append(f"cluster {cluster.name}: {strategy}, {len(cluster.endpoints)} endpoints")
+        lines += [f"  model {rule.name or 'any other':34} -> {_targets(rule)}" for rule in cluster.models.rules]
+        lines += [f"  objective {name:30} priority {priority}" for name, priority in cluster.models.objectives]
     return lines
+
+
+def _targets(rule: ModelRule) -> str:
+    targets = ", ".join(f"{name} ({weight})" for name, weight in rule.targets) or "as it is"
+    return targets if rule.criticality is Criticality.STANDARD else f"{targets}, {rule.criticality.value}"
 
 
 def _goal(action: object) -> str:

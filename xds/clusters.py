@@ -75,9 +75,6 @@ from xds.envoy import (
 from xds.model import Strategy
 
 RING_SIZE = 1024  # points: an addressed pick needs one a pod; more only evens out requests without a key
-HASH_BALANCE_FACTOR = (
-    300  # percent of a pod's fair share of active requests: the net under a wrong pick, not the balancer
-)
 BREAKER = 100_000  # connections, requests: Envoy's 1,024 would queue long answers behind each other
 CONNECT_TIMEOUT = 1.0  # seconds, to a pod in the same network
 UVICORN_IDLE = 4.0  # seconds: uvicorn closes an idle connection after 5, and a request sent just then is lost
@@ -106,7 +103,9 @@ def cluster(source: model.Cluster) -> Cluster:
             "ring_hash",
             RingHash(
                 minimum_ring_size=RING_SIZE,
-                consistent_hashing_lb_config=ConsistentHashingLbConfig(hash_balance_factor=HASH_BALANCE_FACTOR),
+                consistent_hashing_lb_config=ConsistentHashingLbConfig(
+                    hash_balance_factor=source.settings.hash_balance_factor
+                ),
             ),
         )
     else:

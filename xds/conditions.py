@@ -5,7 +5,8 @@
                                             Programmed, and OverlappingTLSConfig where it is so
                              HTTPRoute      of each parentRef that is ours Accepted, ResolvedRefs, and PartiallyInvalid
                              InferencePool  of each Gateway that routes to it Accepted, ResolvedRefs
-                             InferenceModel Accepted, Ready
+                             InferenceModel, InferenceModelRewrite, InferenceObjective
+                                            Accepted, and Ready where its CRD has it
 
 - Nothing is decided here that xds/attach.py, xds/backends.py or a parser has decided: one finding is a Rejection in the
   log and a condition in the status.
@@ -31,16 +32,21 @@ from xds.model import (
     GatewayClass,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Listener,
     ListenerStatus,
     ObjectRef,
+    OfPool,
     ParentRef,
     ParentStatus,
     Problem,
     Refused,
+    Rejection,
     Status,
 )
+from xds.models import POOL_GROUPS
 
 # What a GatewayClass of ours says it supports: names of gateway-api's pkg/features, sorted as the API wants them.
 # docs/conformance.md has the tests behind each.
@@ -96,8 +102,9 @@ def statuses(
     attachments: Iterable[Attachment],
     backends: Backends,
     findings: Findings,
+    conflicts: Iterable[Rejection],
 ) -> tuple[Status, ...]:
-    """Of every object that is ours, sorted by object."""
+    """Of every object that is ours, sorted by object. `conflicts` are those of models, as xds/models.py says."""
     refused = {each.object.meta.ref: each for each in config.refused}
     judged = list(_judge(attachments, backends, refused))
     attached = _count_routes(judged)
@@ -106,7 +113,7 @@ def statuses(
     found += [_gateway_status(each, attached, findings) for each in gateways]
     found += _route_statuses(judged)
     found += [_pool_status(each, referrers, backends) for each in config.pools if _name(each.meta.ref) in referrers]
-    found += [_model_status(each, referrers) for each in config.models if _name(each.pool) in referrers]
+    found += _model_statuses((*config.models, *config.rewrites, *config.objectives), referrers, conflicts)
     by_ref = {status.ref: status for status in found}
     classes = {each.meta.ref.name: each.controller_name for each in config.gateway_classes}
     for ref, each in refused.items():
@@ -121,8 +128,10 @@ def statuses(
             case InferencePool():
                 of_pool = referrers.get(_name(ref), {})
                 by_ref[ref] = _refused_at(each, {ParentRef(gateway): c for gateway, (c, _) in sorted(of_pool.items())})
-            case InferenceModel(pool=pool) if _name(pool) in referrers:
+            case InferenceModel(pool=pool) | InferenceObjective(pool=pool) if _is_named(pool, referrers):
                 by_ref[ref] = _refused(each, ACCEPTED, READY)
+            case InferenceModelRewrite(pool=pool) if _is_named(pool, referrers):
+                by_ref[ref] = _refused(each, ACCEPTED)
     return tuple(status for _, status in sorted(by_ref.items()) if _says_something(status))
 
 
@@ -330,12 +339,42 @@ def _pool_status(pool: InferencePool, referrers: Referrers, backends: Backends) 
     return Status(ref, generation, parents=tuple(parents))
 
 
-def _model_status(model: InferenceModel, referrers: Referrers) -> Status:
-    generation = model.meta.generation
-    ready = _true(READY, generation)
-    if not any(is_accepted for _, is_accepted in referrers[_name(model.pool)].values()):
-        ready = _false(READY, generation, "PoolNotAccepted", f"{model.pool} is not accepted: see its status")
-    return Status(model.meta.ref, generation, (_true(ACCEPTED, generation), ready))
+def _is_named(pool: ObjectRef, referrers: Referrers) -> bool:
+    """Whether a Gateway of ours has to do with the pool that an object names."""
+    return pool.kind == "InferencePool" and pool.group in POOL_GROUPS and _name(pool) in referrers
+
+
+def _model_statuses(models: Iterable[OfPool], referrers: Referrers, conflicts: Iterable[Rejection]) -> Iterator[Status]:
+    lost: dict[ObjectRef | None, list[Rejection]] = {}
+    for rejection in conflicts:
+        if rejection.reason == "Conflicted":
+            lost.setdefault(rejection.ref, []).append(rejection)
+    for each in models:
+        if _is_named(each.pool, referrers):
+            yield _model_status(each, referrers[_name(each.pool)], lost.get(each.meta.ref, []))
+
+
+def _model_status(each: OfPool, of_pool: Mapping[ObjectRef, tuple[str, bool]], lost: list[Rejection]) -> Status:
+    """Of a rewrite some rules may count where others do not; a name or an objective is one thing."""
+    generation = each.meta.generation
+    rules = sum(len(set(rule.models)) or 1 for rule in each.rules) if isinstance(each, InferenceModelRewrite) else 1
+    problem = Problem.of(ACCEPTED, lost[0]) if lost else None
+    if problem and isinstance(each, InferenceModel):
+        problem = replace(problem, reason="ModelNameInUse")
+    if problem and len(lost) < rules:
+        conditions = [_true(ACCEPTED, generation, problem.message)]
+    else:
+        conditions = [_unless(problem, ACCEPTED, generation)]
+    if isinstance(each, InferenceModelRewrite):
+        return Status(each.meta.ref, generation, tuple(conditions))
+    if problem:
+        conditions.append(_false(READY, generation, problem.reason, problem.message))
+    elif any(is_accepted for _, is_accepted in of_pool.values()):
+        conditions.append(_true(READY, generation))
+    else:
+        message = f"{each.pool} is not accepted: see its status"
+        conditions.append(_false(READY, generation, "PoolNotAccepted", message))
+    return Status(each.meta.ref, generation, tuple(conditions))
 
 
 # --- refused versions -------------------------------------------------------------------------------------------------

@@ -110,8 +110,8 @@ class Control:
             await asyncio.sleep(SECOND_OPINION)
             await self.review()
 
-    def _note(self, type_url: str, name: str, version: str, verdict: str) -> None:
-        if self.quarantine.note(type_url, name, version, verdict):
+    def _note(self, type_url: str, resources: Mapping[str, str], verdict: str) -> None:
+        if self.quarantine.answered(type_url, resources, verdict):
             self._answered.set()
 
     async def review(self) -> None:

@@ -14,13 +14,14 @@ from xds.control import Control
 from xds.in_flight import Reported
 from xds.kube_writer import StatusWriter
 from xds.model import Cluster, Endpoint, Rejection, authority
-from xds.snapshot import ENDPOINT, POOL_LOAD, SECRET, TYPES, Snapshot, label
+from xds.snapshot import ENDPOINT, POOL_CONFIG, POOL_LOAD, SECRET, TYPES, Snapshot, label
 from xds.status import Page
 from xds.weights import BASE, Pool
-from xds.wire import discovery_pb2, endpoint_pb2, load_pb2
+from xds.wire import discovery_pb2, endpoint_pb2, load_pb2, pool_config_pb2
 
 OURS: Mapping[str, type[Any]] = {
     ENDPOINT: endpoint_pb2.ClusterLoadAssignment,
+    POOL_CONFIG: pool_config_pb2.PoolConfig,
     POOL_LOAD: load_pb2.PoolLoad,
 }  # decoded in ms, not in seconds
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import betterproto2
 from envoy_data_plane.envoy.config.core.v3 import AggregatedConfigSource, ApiVersion, ConfigSource, TypedExtensionConfig
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import Config as HeaderToMetadata
+from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import (
+    ConfigKeyValuePair,
+    ConfigRule,
+    ConfigValueType,
+)
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
@@ -17,12 +23,24 @@ PICK_HEADER = "x-vllm-pick"
 OWN_HEADERS = "x-vllm-"  # prefix of every header that is ours alone
 MODEL_HEADER = "x-gateway-model-name"  # what body-based routing of the inference extension calls the body's model
 MODEL_NAMESPACE, MODEL_KEY = "llm", "model"  # dynamic metadata json_to_metadata writes
+UNREAD_KEY = "unread"  # the same, where there is no model to be read
+MISSING, UNREADABLE = "missing", "unreadable"  # values of UNREAD_KEY
 PICKER_NAMESPACE, PICKER_KEY = "picker", "key"  # dynamic metadata the picker answers with
+NAMED_KEY = "named"  # there when the picker has seen to the model's name
+REFUSED_KEY, PICKER_MODEL_KEY = "refused", "model"  # "404" or "429" when it refuses the request, and what was asked for
+MARK = "vllm-xds.answered"  # filter state, with itself as its value, from when the picker has answered or failed
+OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")  # where both are, the last counts
+REQUEST_NAMESPACE = "request"  # dynamic metadata the picker is told of a request's headers, with these keys
+SESSION_KEY, OBJECTIVE_KEY = "session", "objective"
 PICKER_CLUSTER = "vllm-xds/picker"
 JSON_TO_METADATA = "envoy.filters.http.json_to_metadata"
+HEADER_TO_METADATA = "envoy.filters.http.header_to_metadata"
 EXT_PROC = "envoy.filters.http.ext_proc"
 BUFFER = "envoy.filters.http.buffer"
+SET_FILTER_STATE = "envoy.filters.http.set_filter_state"
 HEADER_MUTATION = "envoy.filters.http.header_mutation"
+# In order of work, see xds/listeners.py; routes switch them on.
+SWITCHED = (JSON_TO_METADATA, HEADER_TO_METADATA, EXT_PROC, BUFFER, SET_FILTER_STATE, HEADER_MUTATION)
 BODY_LIMIT = 32 * 1024 * 1024  # bytes of a request body: 8 M tokens of text, or some images; above it the answer is 413
 
 
@@ -75,3 +93,13 @@ def typed(name: str, message: betterproto2.Message) -> TypedExtensionConfig:
 
 def percent(value: float) -> Percent:
     return Percent(value=value)
+
+
+def told_headers(sessions: Iterable[str] = ()) -> HeaderToMetadata:
+    """The headers the picker is told of: the objective's, and the session's, by any of these names: the last counts."""
+    names = [(OBJECTIVE_KEY, name) for name in OBJECTIVE_HEADERS] + [(SESSION_KEY, name) for name in sessions]
+    rules = []
+    for key, name in names:
+        pair = ConfigKeyValuePair(metadata_namespace=REQUEST_NAMESPACE, key=key, type=ConfigValueType.STRING)
+        rules.append(ConfigRule(header=name, on_header_present=pair))
+    return HeaderToMetadata(request_rules=rules)

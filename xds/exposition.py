@@ -6,6 +6,7 @@ of which some fifteen matter, so no line is looked at that is not one of them. R
 - A series is `\\n<exact name>[{labels}] <value>`: comments, `_created`, `_bucket` and longer names do not match.
 - A value that is not a finite number from 0 to MAX_VALUE is as if its line were not there.
 - Several series of one name (engines, served model names) are added up; `kv_usage` is their mean.
+- Of the series of `lora_requests_info`, whose labels are what they say, the newest counts: its value is a unix time.
 - Two generations of vLLM: `kv_cache_usage_perc`, else `gpu_cache_usage_perc`. A page with neither tells nothing about
   the pod's memory and is unreadable, never "idle".
 """
@@ -19,11 +20,14 @@ from itertools import islice
 from xds.model import Load
 
 MAX_VALUE = 2.0**53  # beyond it a float no longer counts in ones; also keeps every sum finite
+MAX_ADAPTERS = 256  # of one page's running, and of its waiting, ones: vLLM's max_loras is a few, seldom dozens
+MAX_NAME = 256  # bytes of an adapter's name: the longest an InferenceModel can give
 MAX_SERIES = 16_384  # of the wanted names on one page: over a thousand engines; a hostile page holds more
 
 KV_USAGE = b"kv_cache_usage_perc"
 KV_USAGE_OLD = b"gpu_cache_usage_perc"
 CACHE_CONFIG = b"cache_config_info"
+LORA = b"lora_requests_info"
 RUNNING = b"num_requests_running"
 WAITING = b"num_requests_waiting"
 PREFIX_QUERIES = b"prefix_cache_queries_total"
@@ -54,13 +58,16 @@ _SUMMED = (
 # A label's value is quoted and may hold `}`, `,` and escaped quotes. Every repeat is possessive: no backtracking, so
 # the time is linear in the page. The literal start is what makes the search fast; nothing may be put before it.
 _LABELS = rb'\{[^"}\n]*+(?:"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"[^"}\n]*+)*+\}'
-_NAMES = b"|".join((*_SUMMED, CACHE_CONFIG))
+_NAMES = b"|".join((*_SUMMED, CACHE_CONFIG, LORA))
 _VALUE = rb"([^ \t\r\n]++)"
 _SERIES = re.compile(rb"\nvllm:(" + _NAMES + rb")(?:[ \t]*+(" + _LABELS + rb")[ \t]*+|[ \t]++)" + _VALUE)
 _START_TIME = re.compile(rb"\nprocess_start_time_seconds(?:[ \t]*+" + _LABELS + rb"[ \t]*+|[ \t]++)" + _VALUE)
 # Inside a quoted value a quote is escaped, so `,block_size="32"` cannot occur there.
 _BLOCK_SIZE = re.compile(rb'[{,][ \t]*+block_size[ \t]*+=[ \t]*+"([0-9]{1,15})"')
 _BLOCKS = re.compile(rb'[{,][ \t]*+num_gpu_blocks[ \t]*+=[ \t]*+"([0-9]{1,15})"')
+_MAX_LORA = re.compile(rb'[{,][ \t]*+max_lora[ \t]*+=[ \t]*+"([0-9]{1,9})"')
+_ADAPTERS = re.compile(rb'[{,][ \t]*+(running|waiting)_lora_adapters[ \t]*+=[ \t]*+"([^"\\\n]*+(?:\\.[^"\\\n]*+)*+)"')
+_ESCAPED = re.compile(rb"\\(.)")
 
 
 class Unreadable(StrEnum):
@@ -76,11 +83,16 @@ def parse_page(page: bytes) -> Load | Unreadable:
     sums = dict.fromkeys(_SUMMED, 0.0)
     counts = dict.fromkeys((KV_USAGE, KV_USAGE_OLD), 0)
     kv_tokens = 0
+    lora, lora_time = b"", -1.0
     for match in islice(_SERIES.finditer(text), MAX_SERIES):
         name, labels, number = match.groups()
         if name == CACHE_CONFIG:
             kv_tokens += _capacity(labels or b"")
         elif (value := _value(number)) is not None:
+            if name == LORA:
+                if value > lora_time:
+                    lora, lora_time = labels or b"", value
+                continue
             if name in counts:
                 counts[name] += 1
                 value = min(value, 1.0)
@@ -89,6 +101,8 @@ def parse_page(page: bytes) -> Load | Unreadable:
     if not counts[usage]:
         return Unreadable.NO_KV_USAGE if b"\n# TYPE " in text else Unreadable.NOT_METRICS
     start = _START_TIME.search(text)
+    max_lora = _MAX_LORA.search(lora)
+    adapters = dict(_ADAPTERS.findall(lora))
     return Load(
         running=sums[RUNNING],
         waiting=sums[WAITING],
@@ -104,7 +118,17 @@ def parse_page(page: bytes) -> Load | Unreadable:
         preemptions=sums[PREEMPTIONS],
         prompt_tokens=sums[PROMPT_TOKENS],
         generation_tokens=sums[GENERATION_TOKENS],
+        max_lora=int(max_lora[1]) if max_lora else 0,
+        running_adapters=_names(adapters.get(b"running", b"")),
+        waiting_adapters=_names(adapters.get(b"waiting", b"")),
     )
+
+
+def _names(value: bytes) -> tuple[str, ...]:
+    """The names in a label's value that is a list with commas, sorted."""
+    text = _ESCAPED.sub(lambda match: b"\n" if match[1] == b"n" else match[1], value)
+    names = {name for name in text.split(b",")[:MAX_ADAPTERS] if 0 < len(name) <= MAX_NAME}
+    return tuple(sorted(name.decode("utf-8", "replace") for name in names))
 
 
 def _value(number: bytes) -> float | None:

@@ -6,8 +6,7 @@
 - An object whose new document is rejected keeps its previous version, with the rejection.
 - An object no document names any more is gone, unless its file was unreadable, or held a document without a readable
   name: it may be the one that is missing, and a slip of the hand does not take a backend out of service.
-- Of two documents for one object the first in reading order is served; of two InferenceModels for one model name of a
-  pool the oldest (Gateway API's conflict rule).
+- Of two documents for one object the first in reading order is served.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from xds.model import (
     GatewayClass,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Level,
     Namespace,
@@ -176,7 +177,6 @@ class _Of(Protocol):
 
 
 def _config(of: _Of, rejections: Iterable[Rejection], refused: Iterable[Refused]) -> Config:
-    models, conflicts, names_in_use = _oldest(of(InferenceModel))
     return Config(
         gateway_classes=of(GatewayClass),
         gateways=of(Gateway),
@@ -189,27 +189,16 @@ def _config(of: _Of, rejections: Iterable[Rejection], refused: Iterable[Refused]
         namespaces=of(Namespace),
         secrets=of(Secret),
         pools=of(InferencePool),
-        models=models,
-        rejections=tuple(sorted([*rejections, *conflicts], key=_order)),
-        refused=tuple(sorted([*refused, *names_in_use], key=lambda each: each.object.meta.ref)),
+        models=of(InferenceModel),
+        rewrites=of(InferenceModelRewrite),
+        objectives=of(InferenceObjective),
+        rejections=tuple(sorted(rejections, key=_order)),
+        refused=tuple(sorted(refused, key=lambda each: each.object.meta.ref)),
     )
 
 
 def _age_key(each: Object) -> tuple[bool, str, str]:
     return each.meta.age_key
-
-
-def _oldest(models: Iterable[InferenceModel]) -> tuple[tuple[InferenceModel, ...], list[Rejection], list[Refused]]:
-    """The first model, in age order, for each model name of a pool; of each other one the rejection, and the status."""
-    served: dict[tuple[ObjectRef, str], InferenceModel] = {}
-    conflicts, refused = [], []
-    for model in models:
-        winner = served.setdefault((model.pool, model.model_name), model)
-        if winner is not model:
-            message = f"{winner.meta.ref} is older and has this model name in {model.pool}"
-            conflicts.append(Rejection(model.meta.ref, "Conflicted", message, "spec.modelName", model.meta.source))
-            refused.append(Refused(model, "ModelNameInUse", message))
-    return tuple(served.values()), conflicts, refused
 
 
 def _kept(told: Told) -> Told:

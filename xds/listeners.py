@@ -4,14 +4,17 @@ Every HTTP listener has the same filters whatever its routes are, switched off u
 of a listener drains it and cuts running streams, a change of a route does not. In order of work:
 
     early_header_mutation  drop a client's own x-vllm-* and X-Gateway-Model-Name, before anything can read them
-    json_to_metadata       `model` of the body -> metadata, and route again (only where routes match on the model)
-    ext_proc               the body, complete, to the picker; its answer is dynamic metadata `picker:key`
-    buffer                 hold the headers until the body is complete and the picker has answered
+    json_to_metadata       `model` of the body -> metadata, and route again (where routes match on it, or it is renamed)
+    header_to_metadata     the pool's session header, and the objective's, -> metadata `request`, for the picker
+    ext_proc               the body, complete, to the picker; its answer is metadata `picker`, and a changed body
+    buffer                 hold the headers until the body is complete and the picker has answered; set its length
+    set_filter_state       that it has answered or failed, and route again: xds/refusals.py
     header_mutation        metadata -> x-vllm-pick (the hash policy's header) and X-Gateway-Model-Name
     router
 
 ext_proc comes after json_to_metadata, so the picker is told the cluster the request will really go to, and before the
 filter that holds the headers: answers to a body arrive too late for every other arrangement with one message each way.
+header_to_metadata comes after json_to_metadata too: which header it reads is its route's to say.
 """
 
 from __future__ import annotations
@@ -23,15 +26,18 @@ from envoy_data_plane.envoy.config.common.mutation_rules.v3 import (
 )
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
+    DataSource,
     GrpcService,
     GrpcServiceEnvoyGrpc,
     HeaderValue,
     HeaderValueOption,
     HeaderValueOptionHeaderAppendAction,
     SocketAddress,
+    SubstitutionFormatString,
     TransportSocket,
 )
 from envoy_data_plane.envoy.config.listener.v3 import Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter
+from envoy_data_plane.envoy.extensions.filters.common.set_filter_state.v3 import FilterStateValue
 from envoy_data_plane.envoy.extensions.filters.http.buffer.v3 import Buffer
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
@@ -51,6 +57,7 @@ from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata.v3 import (
     JsonToMetadataSelector,
 )
 from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.http.set_filter_state.v3 import Config as SetFilterState
 from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import TlsInspector
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
@@ -66,15 +73,18 @@ from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
     DownstreamTlsContext,
     SdsSecretConfig,
 )
-from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
-from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.google.protobuf import Any, Value
 
 from xds.envoy import (
     BODY_LIMIT,
     BUFFER,
     EXT_PROC,
     HEADER_MUTATION,
+    HEADER_TO_METADATA,
     JSON_TO_METADATA,
+    MARK,
+    MISSING,
     MODEL_HEADER,
     MODEL_KEY,
     MODEL_NAMESPACE,
@@ -83,12 +93,18 @@ from xds.envoy import (
     PICKER_CLUSTER,
     PICKER_KEY,
     PICKER_NAMESPACE,
+    REQUEST_NAMESPACE,
+    SET_FILTER_STATE,
+    SWITCHED,
+    UNREAD_KEY,
+    UNREADABLE,
     Options,
     ads,
     listener_name,
     route_tables,
     seconds,
     secret_name,
+    told_headers,
     typed,
 )
 from xds.model import PortListener, TlsChain
@@ -162,6 +178,14 @@ def _filters(options: Options) -> list[HttpFilter]:
     model_rule = JsonToMetadataRule(
         selectors=[JsonToMetadataSelector(key="model")],
         on_present=JsonToMetadataKeyValuePair(metadata_namespace=MODEL_NAMESPACE, key=MODEL_KEY),
+        on_missing=_unread(MISSING),
+        on_error=_unread(UNREADABLE),
+    )
+    model_rules = JsonToMetadataMatchRules(
+        rules=[model_rule],
+        # Whatever the body is said to be: curl says application/x-www-form-urlencoded.
+        allow_content_types_regex=RegexMatcher(regex=".*"),
+        allow_empty_content_type=True,
     )
     off = ProcessingModeHeaderSendMode.SKIP
     picker = ExternalProcessor(
@@ -175,11 +199,13 @@ def _filters(options: Options) -> list[HttpFilter]:
             request_trailer_mode=off,
             response_trailer_mode=off,
         ),
-        allow_content_length_header=True,  # the body is never changed: keep its length, do not fall to chunks
-        disable_immediate_response=True,  # the picker advises; it can not refuse a request
+        # The length goes, as the picker may change the body, and `buffer` sets it anew: kept, it would be the old one.
+        allow_content_length_header=False,
+        disable_immediate_response=True,  # what is refused, and how, is Envoy's to say: xds/refusals.py
         mutation_rules=HeaderMutationRules(disallow_all=True),
         metadata_options=MetadataOptions(
-            receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[PICKER_NAMESPACE])
+            forwarding_namespaces=MetadataOptionsMetadataNamespaces(untyped=[REQUEST_NAMESPACE]),
+            receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[PICKER_NAMESPACE]),
         ),
         request_attributes=["xds.cluster_name"],
     )
@@ -191,16 +217,27 @@ def _filters(options: Options) -> list[HttpFilter]:
             ]
         )
     )
-    switched = [
-        (JSON_TO_METADATA, JsonToMetadata(request_rules=JsonToMetadataMatchRules(rules=[model_rule]))),
-        (EXT_PROC, picker),
-        (BUFFER, Buffer(max_request_bytes=BODY_LIMIT)),
-        (HEADER_MUTATION, headers),
-    ]
+    answered = FilterStateValue(
+        object_key=MARK,
+        factory_key="envoy.string",
+        format_string=SubstitutionFormatString(text_format_source=DataSource(inline_string=MARK)),
+    )
+    configs = {
+        JSON_TO_METADATA: JsonToMetadata(request_rules=model_rules),
+        HEADER_TO_METADATA: told_headers(),  # and the session's, where the route says so
+        EXT_PROC: picker,
+        BUFFER: Buffer(max_request_bytes=BODY_LIMIT),
+        SET_FILTER_STATE: SetFilterState(on_request_headers=[answered], clear_route_cache=True),
+        HEADER_MUTATION: headers,
+    }
     return [
-        *(HttpFilter(name=name, typed_config=Any.pack(config), disabled=True) for name, config in switched),
+        *(HttpFilter(name=name, typed_config=Any.pack(configs[name]), disabled=True) for name in SWITCHED),
         HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router())),
     ]
+
+
+def _unread(why: str) -> JsonToMetadataKeyValuePair:
+    return JsonToMetadataKeyValuePair(metadata_namespace=MODEL_NAMESPACE, key=UNREAD_KEY, value=Value(string_value=why))
 
 
 def _from_metadata(header: str, namespace: str, key: str) -> HeaderMutation:

@@ -44,6 +44,7 @@ class LoadReports:
             async for raw in requests:
                 try:
                     request = pb.LoadStatsRequest.FromString(raw)
+                    counts = read_report(request, POOLS)
                 except DecodeError:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
                 if not node:
@@ -51,7 +52,7 @@ class LoadReports:
                     await context.write(ASK)
                     log.info("load reporting started", node=node, peer=context.peer())
                 else:
-                    self.in_flight.report(envoy, read_report(request, POOLS), self._clock())
+                    self.in_flight.report(envoy, counts, self._clock())
         finally:
             self.in_flight.forget(envoy)
             self._metrics.reporting.dec()

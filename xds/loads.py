@@ -31,7 +31,10 @@ def _fill(entry: pb.EndpointLoad, member: Member | None, now: float) -> None:
     if member is None or member.load is None:
         return
     load = member.load
+    entry.max_lora = load.max_lora
+    entry.running_adapters.extend(load.running_adapters)
+    entry.waiting_adapters.extend(load.waiting_adapters)
     entry.age = max(0.0, now - member.read_at)
     entry.running, entry.waiting = load.running, load.waiting
     entry.kv_usage, entry.kv_tokens = load.kv_usage, load.kv_tokens
-    entry.prefill_rate, entry.start_time = member.prefill_rate, load.start_time
+    entry.prefill_rate, entry.start_time = member.prefill_rate, load.start_time or 1.0 + member.restarts

@@ -18,6 +18,7 @@ DISCOVERY = "discovery.k8s.io"
 GATEWAY = "gateway.networking.k8s.io"
 INFERENCE = "inference.networking.k8s.io"
 INFERENCE_X = "inference.networking.x-k8s.io"
+LLM_D = "llm-d.ai"
 ENVOY_GATEWAY = "gateway.envoyproxy.io"
 
 ROUTE_KINDS = ((GATEWAY, "HTTPRoute"),)  # (group, kind) of the routes that listeners take
@@ -390,6 +391,25 @@ class Strategy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What the pool's annotations `vllm-xds/...` say (xds/parse_settings.py), or their defaults.
+
+    `session_header` is the request header whose value keeps a session's requests together, lower case, "" for none.
+    The other ones are the picker's (picker/cost.py says what they do), None for its own default.
+    """
+
+    session_header: str = ""
+    # Percent of a pod's fair share of active requests: the net under a wrong pick, not the balancer. From 300 on it is
+    # free; 200 costs up to 15 % of the time to first token near saturation.
+    hash_balance_factor: int = 300
+    output_tokens: int | None = None  # tokens of a usual answer
+    prefill_rate: int | None = None  # tokens/s of a pod whose own rate is not known yet
+    request_cost: int | None = None  # tokens of prefill that a running request counts as
+    shed_waiting: int | None = None  # requests waiting on each pod that saturate the pool
+    shed_kv_usage: float | None = None  # 0..1, KV-cache use of each pod that saturates the pool
+
+
+@dataclass(frozen=True, slots=True)
 class InferencePool:
     """v1 (inference.networking.k8s.io) and v1alpha2 (.x-k8s.io) alike; `meta.ref.group` tells them apart.
 
@@ -402,6 +422,7 @@ class InferencePool:
     strategy: Strategy = Strategy.DEFAULT
     http2: bool = False  # appProtocol kubernetes.io/h2c
     extension: str = ""
+    settings: PoolSettings = PoolSettings()
 
 
 class Criticality(Enum):
@@ -421,6 +442,32 @@ class InferenceModel:
     pool: ObjectRef
 
 
+@dataclass(frozen=True, slots=True)
+class RewriteRule:
+    """`models` are exact names, empty = every model; `targets` (model name, weight), empty = the name as it is."""
+
+    models: tuple[str, ...]
+    targets: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceModelRewrite:
+    """v1alpha2 of either group."""
+
+    meta: Meta
+    rules: tuple[RewriteRule, ...]
+    pool: ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceObjective:
+    """v1alpha2 of either group; a request names it in a header. Below 0 it may be shed."""
+
+    meta: Meta
+    priority: int
+    pool: ObjectRef
+
+
 Object = (
     GatewayClass
     | Gateway
@@ -434,10 +481,13 @@ Object = (
     | Secret
     | InferencePool
     | InferenceModel
+    | InferenceModelRewrite
+    | InferenceObjective
 )
 
 
-Reporting = GatewayClass | Gateway | HTTPRoute | InferencePool | InferenceModel  # objects with a status of ours
+OfPool = InferenceModel | InferenceModelRewrite | InferenceObjective
+Reporting = GatewayClass | Gateway | HTTPRoute | InferencePool | OfPool  # objects with a status of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,6 +518,8 @@ class Config:
     secrets: tuple[Secret, ...] = ()
     pools: tuple[InferencePool, ...] = ()
     models: tuple[InferenceModel, ...] = ()
+    rewrites: tuple[InferenceModelRewrite, ...] = ()
+    objectives: tuple[InferenceObjective, ...] = ()
     rejections: tuple[Rejection, ...] = ()
     refused: tuple[Refused, ...] = ()
 
@@ -487,6 +539,8 @@ class Config:
             *self.secrets,
             *self.pools,
             *self.models,
+            *self.rewrites,
+            *self.objectives,
         )
 
 
@@ -514,6 +568,63 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRule:
+    """What happens to requests for a model: `name` "" stands for every name without a rule of its own.
+
+    `targets` are (model name, weight), empty = the name is passed on.
+    """
+
+    name: str
+    targets: tuple[tuple[str, int], ...] = ()
+    criticality: Criticality = Criticality.STANDARD
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """Which model names a pool's pods must not be sent: `names`, and with `others` all but those of `kept`. Sorted."""
+
+    names: tuple[str, ...] = ()
+    others: bool = False
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolModels:
+    """What the objects say of a pool's models: one rule a name, sorted. `closed`: other names do not exist.
+
+    `objectives` are (name, priority), sorted.
+    """
+
+    rules: tuple[ModelRule, ...] = ()
+    closed: bool = False
+    objectives: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def renames(self) -> Renames | None:
+        """None when every name is passed on."""
+        rules = {rule.name: rule.targets for rule in self.rules}
+        others = rules.pop("", ())
+        names = tuple(name for name, targets in rules.items() if targets)
+        if not others:
+            return Renames(names) if names else None
+        kept = {name for name, targets in rules.items() if not targets}
+        if len({target for target, _ in others}) == 1 and others[0][0] not in names:
+            kept.add(others[0][0])
+        return Renames(names, others=True, kept=tuple(sorted(kept)))
+
+    @property
+    def sheds(self) -> bool:
+        """Whether any request may be refused when the pool is saturated."""
+        sheddable = any(rule.criticality is Criticality.SHEDDABLE for rule in self.rules)
+        return sheddable or any(priority < 0 for _, priority in self.objectives)
+
+    @property
+    def needs_picker(self) -> bool:
+        """Whether more is asked than the pods do themselves: they answer unknown names with 404."""
+        return self.renames is not None or self.sheds
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """One InferencePool (name `pool/<namespace>/<name>`) or one Service port (`service/<namespace>/<name>/<port>`).
 
@@ -524,6 +635,8 @@ class Cluster:
     endpoints: tuple[Endpoint, ...]
     strategy: Strategy | None = None
     http2: bool = False
+    settings: PoolSettings = PoolSettings()
+    models: PoolModels = PoolModels()
     connect_timeout: float | None = None
     connection_idle_timeout: float | None = None
     ref: ObjectRef | None = None
@@ -531,12 +644,20 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500."""
+    """Send to clusters by weight. A cluster name of "" is an invalid backendRef: that share of requests gets a 500.
+
+    `session_headers` are those of its PREFIX_CACHE pools, sorted; `renames` one for each of its pools that has any.
+    """
 
     clusters: tuple[tuple[str, int, Filters], ...]
     rewrite: URLRewrite | None = None
     llm: bool = False  # at least one backend is an InferencePool
     picked: bool = False  # at least one of them is PREFIX_CACHE
+    asked: bool = False  # the picker is asked: picked, or for the models of one of them
+    session_headers: tuple[str, ...] = ()
+    objectives: bool = False  # a request's objective counts
+    refuses: bool = False  # the picker may refuse a request
+    renames: tuple[Renames, ...] = ()
     timeout: float | None = None  # None = the default of its kind, 0 = none
     backend_timeout: float | None = None
     idle_timeout: float | None = None
@@ -687,3 +808,6 @@ class Load:
     preemptions: float = 0.0
     prompt_tokens: float = 0.0
     generation_tokens: float = 0.0
+    max_lora: int = 0  # LoRA adapters the pod holds at a time; 0 = its page says nothing of adapters
+    running_adapters: tuple[str, ...] = ()  # with a request running, sorted
+    waiting_adapters: tuple[str, ...] = ()  # with a request waiting, sorted

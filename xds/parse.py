@@ -21,6 +21,7 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     Level,
     Meta,
     Object,
@@ -30,7 +31,7 @@ from xds.model import (
 )
 from xds.parse_core import read_endpoint_slice, read_namespace, read_pod, read_secret, read_service
 from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_grant, read_traffic_policy
-from xds.parse_inference import read_model, read_pool, read_pool_x
+from xds.parse_inference import read_model, read_objective, read_pool, read_pool_x, read_rewrite
 from xds.parse_outline import MAX_GENERATION, outline
 from xds.parse_route import read_http_route
 
@@ -79,6 +80,10 @@ _KINDS = {
     (INFERENCE, "InferencePool"): _Kind(("v1",), read_pool),
     (INFERENCE_X, "InferencePool"): _Kind(("v1alpha2", "v1alpha1"), read_pool_x),
     (INFERENCE_X, "InferenceModel"): _Kind(("v1alpha2", "v1alpha1"), read_model),
+    (INFERENCE_X, "InferenceModelRewrite"): _Kind(("v1alpha2",), read_rewrite),
+    (INFERENCE_X, "InferenceObjective"): _Kind(("v1alpha2",), read_objective),
+    (LLM_D, "InferenceModelRewrite"): _Kind(("v1alpha2",), read_rewrite),
+    (LLM_D, "InferenceObjective"): _Kind(("v1alpha2",), read_objective),
     (CORE, "Service"): _Kind(("v1",), read_service, strict=False),
     (CORE, "Pod"): _Kind(("v1",), read_pod, strict=False),
     (CORE, "Namespace"): _Kind(("v1",), read_namespace, namespaced=False, strict=False),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from xds.fields import OBJECT_NAME, FieldError, Reader
 from xds.model import (
-    INFERENCE_X,
     Criticality,
     Gateway,
     HTTPRoute,
     InferenceModel,
+    InferenceModelRewrite,
+    InferenceObjective,
     InferencePool,
     Meta,
     ObjectRef,
@@ -20,6 +21,7 @@ from xds.model import (
     Reporting,
 )
 from xds.parse_gateway import read_gateway_class
+from xds.parse_inference import read_pool_ref
 from xds.parse_route import read_parents
 
 MAX_GENERATION = 2**63 - 1
@@ -48,7 +50,9 @@ def _outline(reader: Reader, meta: Meta) -> Reporting | None:
         case "InferencePool":
             return InferencePool(meta, {}, ())
         case "InferenceModel":
-            pool = reader.child("spec").child("poolRef").text("name", OBJECT_NAME)
-            of = ObjectRef(INFERENCE_X, "InferencePool", meta.ref.namespace, pool)
-            return InferenceModel(meta, "", Criticality.STANDARD, (), of)
+            return InferenceModel(meta, "", Criticality.STANDARD, (), read_pool_ref(reader.child("spec"), meta))
+        case "InferenceModelRewrite":
+            return InferenceModelRewrite(meta, (), read_pool_ref(reader.child("spec"), meta))
+        case "InferenceObjective":
+            return InferenceObjective(meta, 0, read_pool_ref(reader.child("spec"), meta))
     return None

@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+
 from xds.envoy import listener_name, route_tables, secret_name
 from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Refused, Rejection, Route, Topology, VirtualHost
 from xds.routes import route_configuration
@@ -72,8 +74,10 @@ class _Search:
 
 
 class Quarantine:
-    """Mutable, without I/O. For each configuration `admit`, then `offered`; for each answer `note`; when that says so,
-    `review`: while it is true the configuration has to be admitted again, and served."""
+    """Mutable, without I/O. For each configuration `admit`, then `offered`; for each answer `answered`.
+
+    When that says so, `review`: while it is true the configuration has to be admitted again, and served.
+    """
 
     def __init__(self) -> None:
         self._snapshot = Snapshot.of({})  # what was offered, without any fallback
@@ -166,8 +170,18 @@ class Quarantine:
 
     # --- what Envoys say ---
 
+    def answered(self, type_url: str, resources: Mapping[str, str], verdict: str) -> bool:
+        """Take an Envoy's answer about these resources (name -> version): ACCEPTED, or its reason not to.
+
+        Returns whether there is something to review.
+        """
+        if type_url not in WATCHED:
+            return False
+        worth = [self.note(type_url, name, version, verdict) for name, version in resources.items()]
+        return any(worth)
+
     def note(self, type_url: str, name: str, version: str, verdict: str) -> bool:
-        """Take an Envoy's answer: ACCEPTED, or its reason not to. Returns whether there is something to review."""
+        """The same of one resource."""
         if type_url not in WATCHED or name not in self._snapshot.resources[type_url]:
             return False
         key = type_url, name
@@ -288,7 +302,8 @@ def _pointed_at(reason: str, offer: _Offer) -> frozenset[ObjectRef]:
     found = _PLACE.search(reason)
     if found is None:
         return frozenset()
-    built = route_configuration(offer.name, offer.hosts, offer.port.port, tls=bool(offer.port.chains))
+    body = route_configuration(offer.name, offer.hosts, offer.port.port, tls=bool(offer.port.chains))
+    built = RouteConfiguration.parse(body)
     hosts = built.virtual_hosts[int(found[1]) :][:1]
     routes = [route for host in hosts for route in (host.routes[int(found[2]) :][:1] if found[2] else host.routes)]
     return frozenset(filter(None, (_owner(route.name) for route in routes)))

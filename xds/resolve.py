@@ -30,7 +30,7 @@ from xds.attach import (
     overlapping,
     specificity,
 )
-from xds.backends import Backends, unserved_targets
+from xds.backends import Backends
 from xds.conditions import statuses
 from xds.model import (
     BackendTrafficPolicy,
@@ -56,6 +56,7 @@ from xds.model import (
     Topology,
     VirtualHost,
 )
+from xds.models import pool_models
 
 # Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
@@ -78,11 +79,12 @@ class _Attached:
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, every reason why a part of it is not done, and what statuses say of it."""
     controllers = frozenset(controller_names)
-    findings = Findings(rejections=list(unserved_targets(config)))
+    models, conflicts = pool_models(config)
+    findings = Findings(rejections=list(conflicts))
     gateways = list(our_gateways(config, controllers, findings))
     groups = _groups(gateways, findings)
     attached = attachments(config, gateways, findings)
-    backends = Backends(config)
+    backends = Backends(config, models)
     actions = _Actions(config, backends, findings)
     certificates = Certificates(config, findings)
     listeners: list[PortListener] = []
@@ -96,7 +98,7 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
         tuple(dict.fromkeys(findings.rejections)),
         groups,
         certificates.used(),
-        statuses(config, controllers, gateways, attached, backends, findings),
+        statuses(config, controllers, gateways, attached, backends, findings, conflicts),
     )
 
 
@@ -277,12 +279,20 @@ class _Actions:
         clusters = [self._backends.clusters[name] for name, _, _ in shares if name]
         if not clusters:
             return Respond(500)
+        picked = [cluster for cluster in clusters if cluster.strategy is Strategy.PREFIX_CACHE]
+        asked = bool(picked) or any(cluster.models.needs_picker for cluster in clusters)
+        models = [cluster.models for cluster in clusters] if asked else []
         timeouts = (rule.timeout, *(policy.request_timeout for policy in policies))
         return Forward(
             clusters=tuple(shares),
             rewrite=rule.filters.rewrite,
             llm=any(cluster.strategy is not None for cluster in clusters),
-            picked=any(cluster.strategy is Strategy.PREFIX_CACHE for cluster in clusters),
+            picked=bool(picked),
+            asked=asked,
+            objectives=any(each.objectives for each in models),
+            refuses=any(each.closed or each.sheds for each in models),
+            renames=tuple(dict.fromkeys(each.renames for each in models if each.renames is not None)),
+            session_headers=tuple(sorted({cluster.settings.session_header for cluster in picked} - {""})),
             timeout=_first(timeouts),
             backend_timeout=rule.backend_timeout,
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),

@@ -1,6 +1,7 @@
 """The virtual hosts of a port -> Envoy's RouteConfiguration (pure).
 
-A route to a PREFIX_CACHE pool switches the picker's filters on (see xds/listeners.py); all other routes pass them by.
+A route switches on the filters that it needs (see xds/listeners.py): those of the picker for a PREFIX_CACHE pool, or
+for models that only the picker can serve as asked. All other routes pass them by.
 Where a virtual host matches on the body's model (header X-Gateway-Model-Name), the body has to be read before the route
 is known, so all its routes share the filters and those not to be picked opt out of the picker alone.
 """
@@ -8,8 +9,11 @@ is known, so all its routes share the filters and those not to be picked opt out
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import lru_cache
+from itertools import count
 
+from betterproto2 import encode_varint
 from envoy_data_plane.envoy.config.core.v3 import (
     DataSource,
     HeaderValue,
@@ -56,15 +60,21 @@ from xds.envoy import (
     BUFFER,
     EXT_PROC,
     HEADER_MUTATION,
+    HEADER_TO_METADATA,
     JSON_TO_METADATA,
     MODEL_HEADER,
     MODEL_KEY,
     MODEL_NAMESPACE,
     PICK_HEADER,
+    SET_FILTER_STATE,
+    SWITCHED,
     seconds,
+    told_headers,
 )
 from xds.model import Filters, Forward, MatchType, PathModifier, RequestRedirect, Respond, ValueMatch
+from xds.refusals import refused, unnamed
 
+KEPT = 10_000  # encoded routes, some 0.3 KB each: all of a large cluster, so that a change costs what it changes
 INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its share of the requests is answered with 500
 LLM_IDLE_TIMEOUT = (
     600.0  # seconds without a byte: longer than a full queue and a long prefill, the silent part of an answer
@@ -87,38 +97,55 @@ _STATUS = {
 _WELL_KNOWN = {"http": 80, "https": 443}
 
 
-def route_configuration(
-    name: str, virtual_hosts: Iterable[model.VirtualHost], port: int, *, tls: bool
-) -> RouteConfiguration:
-    """The RDS resource `name` of a listener's port; hostnames match whatever port the client wrote behind them."""
-    return RouteConfiguration(
-        name=name,
-        virtual_hosts=[_virtual_host(host, port, tls=tls) for host in virtual_hosts],
-        ignore_port_in_host_matching=True,
-    )
+def route_configuration(name: str, virtual_hosts: Iterable[model.VirtualHost], port: int, *, tls: bool) -> bytes:
+    """The encoded RDS resource `name` of a listener's port; hostnames match whatever port the client wrote behind them.
+
+    A route takes a millisecond to build and to encode, so what it comes to is kept: a message is its fields one after
+    the other, and those of equal routes are copied.
+    """
+    head = bytes(RouteConfiguration(name=name, ignore_port_in_host_matching=True))
+    return head + b"".join(part for host in virtual_hosts for part in _field(2, _virtual_host(host, port, tls=tls)))
 
 
-def _virtual_host(source: model.VirtualHost, port: int, *, tls: bool) -> VirtualHost:
+def _virtual_host(source: model.VirtualHost, port: int, *, tls: bool) -> bytes:
+    """An encoded VirtualHost."""
     by_model = any(header.name == MODEL_HEADER for route in source.routes for header in route.match.headers)
-    host = VirtualHost(
-        name=source.hostname,
-        domains=[source.hostname],
-        routes=[_route(route, source.hostname, port, by_model=by_model, tls=tls) for route in source.routes],
-    )
+    host = VirtualHost(name=source.hostname, domains=[source.hostname])
     if any(isinstance(route.action, Forward) and route.action.llm for route in source.routes):
         host.request_body_buffer_limit = BODY_LIMIT
+    if any(isinstance(route.action, Forward) and route.action.refuses for route in source.routes):
+        host.routes[:0] = refused()
     if by_model:
-        host.typed_per_filter_config = _switched_on(JSON_TO_METADATA, EXT_PROC, BUFFER, HEADER_MUTATION)
+        needed = {JSON_TO_METADATA, HEADER_MUTATION}.union(*(_needs(route.action) for route in source.routes))
+        host.typed_per_filter_config = _switched_on(needed)
         host.routes.insert(0, _unsendable_model())
-        # Without any route at first sight Envoy would not read the body, and so never find the route by its model.
-        host.routes.append(
-            Route(
-                name="no-match",
-                match=RouteMatch(prefix="/"),
-                direct_response=DirectResponseAction(status=404),
-            )
-        )
-    return host
+    routes = [_routes(route, source.hostname, port, by_model=by_model, tls=tls) for route in source.routes]
+    last = bytes(VirtualHost(routes=[_no_match()])) if by_model else b""
+    return b"".join([bytes(host), *routes, last])
+
+
+def _field(number: int, body: bytes) -> tuple[bytes, bytes]:
+    """A field that holds a message: its tag and length, and the message."""
+    return encode_varint(number << 3 | 2) + encode_varint(len(body)), body
+
+
+def _no_match() -> Route:
+    """Answers 404. Without any route at first sight Envoy would not read the body, and so never find one by its model.
+
+    A route to nowhere: behind a direct response Envoy would read no more than its own 1 MiB of a body.
+    """
+    action = RouteAction(
+        cluster=INVALID_BACKEND, cluster_not_found_response_code=RouteActionClusterNotFoundResponseCode.NOT_FOUND
+    )
+    return Route(name="no-match", match=RouteMatch(prefix="/"), route=action, typed_per_filter_config=_unasked())
+
+
+def _unasked() -> dict[str, Any]:
+    """Switches the picker off again for one route of a virtual host that has it on."""
+    return {
+        EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
+        BUFFER: Any.pack(BufferPerRoute(disabled=True)),
+    }
 
 
 def _unsendable_model() -> Route:
@@ -132,14 +159,38 @@ def _unsendable_model() -> Route:
     )
 
 
-def _switched_on(*filters: str) -> dict[str, Any]:
-    return {name: Any.pack(FilterConfig(config=Any())) for name in filters}
+def _needs(action: object) -> set[str]:
+    """The filters to be switched on for a route."""
+    if not isinstance(action, Forward):
+        return set()
+    needs = {
+        JSON_TO_METADATA: bool(action.renames),
+        HEADER_TO_METADATA: bool(action.session_headers) or action.objectives,
+        EXT_PROC: action.asked,
+        BUFFER: action.asked,
+        SET_FILTER_STATE: action.refuses or bool(action.renames),
+        HEADER_MUTATION: action.picked,
+    }
+    return {name for name, needed in needs.items() if needed}
+
+
+def _switched_on(filters: Collection[str]) -> dict[str, Any]:
+    return {name: Any.pack(FilterConfig(config=Any())) for name in SWITCHED if name in filters}
+
+
+@lru_cache(KEPT)
+def _routes(source: model.Route, hostname: str, port: int, *, by_model: bool, tls: bool) -> bytes:
+    """The encoded `routes` of a VirtualHost: the route, behind those that answer for it what it is not to send on."""
+    routes = [_route(source, hostname, port, by_model=by_model, tls=tls)]
+    if isinstance(source.action, Forward):
+        matches = (_match(source.match) for _ in count())
+        routes[:0] = unnamed(source.name, matches, source.action.renames)
+    return bytes(VirtualHost(routes=routes))
 
 
 def _route(source: model.Route, hostname: str, port: int, *, by_model: bool, tls: bool) -> Route:
     route = Route(name=source.name, match=_match(source.match))
     _modify_headers(route, source.filters)
-    picked = isinstance(source.action, Forward) and source.action.picked
     match source.action:
         case RequestRedirect() as redirect:
             route.redirect = _redirect(redirect, source.match, hostname, port, tls=tls)
@@ -149,13 +200,14 @@ def _route(source: model.Route, hostname: str, port: int, *, by_model: bool, tls
             route.direct_response = DirectResponseAction(status=status, body=body)
         case Forward() as forward:
             route.route = _forward(forward, source.match)
-    if picked and not by_model:
-        route.typed_per_filter_config = _switched_on(EXT_PROC, BUFFER, HEADER_MUTATION)
-    elif by_model and not picked:
-        route.typed_per_filter_config = {
-            EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True)),
-            BUFFER: Any.pack(BufferPerRoute(disabled=True)),
-        }
+    needs = _needs(source.action)
+    filters = {} if by_model else _switched_on(needs)
+    if by_model and EXT_PROC not in needs:
+        filters = _unasked()
+    if isinstance(source.action, Forward) and source.action.session_headers:
+        filters[HEADER_TO_METADATA] = Any.pack(told_headers(source.action.session_headers))
+    if filters:
+        route.typed_per_filter_config = filters
     return route
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
-from xds.stream import DeltaStream, Kind, Received, SotwStream, Stream
+from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
@@ -42,10 +42,17 @@ SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.Health
 MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
 MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
 
+FIRST_REQUEST = 30.0  # seconds a stream may be open without one: Envoy sends it together with the stream's headers
+
 OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),  # bytes: Envoy's first request is 60 KB, with 10,000 names 1 MB
     ("grpc.max_send_message_length", -1),  # our own snapshot is never too long for us; the client has its own limit
     ("grpc.max_concurrent_streams", 100),  # a connection: Envoy opens one
+    ("grpc.max_allowed_incoming_connections", 10_000),  # 0.6 GB; twice the Envoys that fill a core: docs/benchmarks.md
+    # Streams not taken yet: all come at once when a server is back. gRPC itself refuses some of more than 1,000.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
+    ("grpc.max_connection_idle_ms", 300_000),  # without a stream: Envoy's has one as long as it lives
     ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died sends no FIN: found after 40 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # the one that ends the connection; its default is 60 s
@@ -90,7 +97,7 @@ class ClientView:
 class _Client:
     """One open stream: its protocol state, and the event that wakes its writer."""
 
-    def __init__(self, variant: str, stream: Stream[Any, Any], request_type: type[Any], peer: str) -> None:
+    def __init__(self, variant: str, stream: Stream[Any], request_type: type[Any], peer: str) -> None:
         self.variant = variant
         self.stream = stream
         self.request_type = request_type
@@ -101,6 +108,15 @@ class _Client:
         self.fault: tuple[grpc.StatusCode, str] | None = None  # why the stream has to be closed
         self.wake = asyncio.Event()
         self.log = log.bind(variant=variant, peer=peer)
+
+    def close(self, code: grpc.StatusCode, reason: str) -> None:
+        """Have its writer end the stream with this status."""
+        self.fault = (code, reason)
+        self.wake.set()
+
+    def close_if_silent(self) -> None:
+        if not self.greeted:
+            self.close(grpc.StatusCode.DEADLINE_EXCEEDED, "no request came")
 
     def settled(self, snapshot: Snapshot | None) -> bool:
         return snapshot is not None and self.greeted and self.stream.settled(snapshot)
@@ -127,15 +143,20 @@ class ManagementServer:
     """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
 
     def __init__(
-        self, metrics: Metrics, identifier: str = "vllm-xds", clock: Callable[[], float] = time.monotonic
+        self,
+        metrics: Metrics,
+        identifier: str = "vllm-xds",
+        clock: Callable[[], float] = time.monotonic,
+        first_request: float = FIRST_REQUEST,
     ) -> None:
         self._metrics = metrics
         self._identifier = identifier
         self._clock = clock
+        self._first_request = first_request
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
-        self._tell: Callable[[str, str, str, str], None] = lambda *_: None
+        self._tell: Callable[[str, Mapping[str, str], str], None] = lambda *_: None
         self._stopping = False
         self._progress = asyncio.Event()  # set, and replaced, whenever a client may have come closer to the snapshot
         self._server: grpc.aio.Server | None = None
@@ -167,16 +188,18 @@ class ManagementServer:
         self._server = server
         return ports
 
-    def follow_answers(self, tell: Callable[[str, str, str, str], None]) -> None:
-        """Have every client's answer about a resource told: type_url, name, version, and "" or why it is refused."""
+    def follow_answers(self, tell: Callable[[str, Mapping[str, str], str], None]) -> None:
+        """Have every client's answer told: type_url, the resources' name -> version, and "" or why they are refused."""
         self._tell = tell
 
     def publish(self, snapshot: Snapshot) -> None:
         """Make this the snapshot every client is brought to, or its group's view of it; returns at once."""
+        served = {client: self._served(client) for client in self._clients}
         before, self._snapshot = self._snapshot, snapshot
         self._views = {group: snapshot.view(group, self._views.get(group)) for group in snapshot.groups}
-        for client in self._clients:
-            client.wake.set()
+        for client, was in served.items():
+            if client.stream.concerned(was, self._served(client)):
+                client.wake.set()
         changed = {
             label(type_url): version
             for type_url, version in snapshot.versions.items()
@@ -241,11 +264,13 @@ class ManagementServer:
         self._metrics.streams.labels(client.variant).inc()
         reader = asyncio.create_task(self._read(client, requests))
         reader.add_done_callback(lambda _: client.wake.set())
+        silence = asyncio.get_running_loop().call_later(self._first_request, client.close_if_silent)
         try:
             await self._write(client, reader, context)
             if client.fault is not None:
                 await context.abort(*client.fault)
         finally:
+            silence.cancel()
             reader.cancel()
             self._clients.discard(client)
             self._metrics.streams.labels(client.variant).dec()
@@ -259,29 +284,22 @@ class ManagementServer:
             try:
                 request = client.request_type.FromString(raw)
             except DecodeError:
-                client.fault = (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
+                client.close(grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be decoded")
                 return
             if not client.greeted:
                 self._greet(client, request.node)
             received = client.stream.receive(request)
             self._note(client, received)
             if received.kind is Kind.EXCESS:
-                client.fault = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many resource names")
+                client.close(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many resource names, or too long a name")
                 return
             client.wake.set()
 
     async def _write(self, client: _Client, reader: asyncio.Task[None], context: grpc.aio.ServicerContext) -> None:
         """Send what the stream says has to be sent, whenever something has happened that may matter to it."""
-        while not (reader.done() or self._stopping):
+        while not (reader.done() or self._stopping or client.fault):
             now = self._clock()
-            served = self._served(client)
-            for response in client.stream.advance(served, now):
-                await context.write(response.SerializeToString())
-                self._count(client, response)
-                if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
-                    client.log.warning(
-                        "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
-                    )
+            await self._send(client, context, now)
             self._progressed()
             deadline = client.stream.deadline(now)
             try:
@@ -292,6 +310,17 @@ class ManagementServer:
             client.wake.clear()
         if reader.done():
             await reader
+
+    async def _send(self, client: _Client, context: grpc.aio.ServicerContext, now: float) -> None:
+        """Write what the stream says, in order. While the client does not read, it is all that waits for it here."""
+        served = self._served(client)
+        for response in client.stream.advance(served, now):
+            await context.write(response.encode())
+            self._count(client, response)
+            if response.type_url == LISTENER and not (served and served.resources[LISTENER]):
+                client.log.warning(
+                    "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
+                )
 
     # --- what operators see ---
 
@@ -319,15 +348,12 @@ class ManagementServer:
                 message=refusal.message,
             )
             if len(refusal.resources) == 1:  # of several it is not known yet which one is bad: xds/subscription.py
-                for resource, version in refusal.resources.items():
-                    self._tell(received.type_url, resource, version, refusal.message or "no reason given")
-        for resource, version in received.accepted.items():
-            self._tell(received.type_url, resource, version, "")
+                self._tell(received.type_url, refusal.resources, refusal.message or "no reason given")
+        if received.accepted:
+            self._tell(received.type_url, received.accepted, "")
 
-    def _count(self, client: _Client, response: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse) -> None:
-        name, size = label(response.type_url), sum(map(len, response.resources))
+    def _count(self, client: _Client, response: Response) -> None:
+        name, size = label(response.type_url), len(response.resources)
         self._metrics.responses.labels(name).inc()
         self._metrics.response_bytes.labels(name).inc(size)
-        client.log.debug(
-            "response sent", type=name, nonce=response.nonce, resources=len(response.resources), bytes=size
-        )
+        client.log.debug("response sent", type=name, nonce=response.nonce, resources=response.count, bytes=size)

@@ -18,9 +18,20 @@ ROUTE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 CLUSTER = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 ENDPOINT = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 SECRET = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"  # noqa: S105 - a type's name
+POOL_CONFIG = "type.googleapis.com/vllm_xds.v1.PoolConfig"
 POOL_LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
+OURS = frozenset({POOL_CONFIG, POOL_LOAD})  # for pickers, not for Envoys
 
-TYPES = (CLUSTER, ENDPOINT, SECRET, LISTENER, ROUTE, POOL_LOAD)  # in the order they are sent: see xds/stream.py
+TYPES = (
+    CLUSTER,
+    ENDPOINT,
+    SECRET,
+    LISTENER,
+    ROUTE,
+    POOL_CONFIG,
+    POOL_LOAD,
+)  # in the order they are sent: xds/stream.py
+
 
 # 128 bits. Cryptographic although nobody is meant to attack it: two bodies with one version would leave an Envoy on the
 # older one without a trace, and part of a body is text its author chose. 0.1 ms for the endpoints of 1,000 pods.
@@ -57,16 +68,26 @@ def version_of(resources: Mapping[str, Resource]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """From the resources of one type before (that very object) to the next: the names of those that differ."""
+
+    before: Mapping[str, Resource]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything served at one time. Make one with `Snapshot.of`, the next with `replace`.
 
     `resources` has every type of TYPES, each sorted by name; `versions` has `version_of` each of them. `groups` has the
-    names of the listeners that each group of clients is for; empty: every client is served everything.
+    names of the listeners that each group of clients is for; empty: every client is served everything. `steps` has how
+    a type came to be what it is, found once for all the clients that have to take the same step.
     """
 
     resources: Mapping[str, Mapping[str, Resource]]
     versions: Mapping[str, str]
     groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    steps: Mapping[str, Step] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -82,7 +103,7 @@ class Snapshot:
 
         Sharing is what makes a change of one type cheap: a stream sees by identity that the others need no look.
         """
-        merged, versions = dict(self.resources), dict(self.versions)
+        merged, versions, steps = dict(self.resources), dict(self.versions), dict(self.steps)
         for type_url, given in resources.items():
             if type_url not in merged:
                 raise ValueError(f"{type_url!r} is not a type this server serves")
@@ -92,11 +113,12 @@ class Snapshot:
                 raise ValueError(f"two resources of type {label(type_url)} have the same name")
             version = version_of(by_name)
             if version != versions[type_url]:
+                steps[type_url] = _step(merged[type_url], by_name)
                 merged[type_url], versions[type_url] = by_name, version
-        return Snapshot(merged, versions, self.groups)
+        return Snapshot(merged, versions, self.groups, steps)
 
     def view(self, group: str, before: Snapshot | None = None) -> Snapshot:
-        """What one group of clients is served: its listeners, what these need, directly or not, and all pool loads.
+        """What one group of clients is served: its listeners, what these need, and all that is for pickers.
 
         What is equal in `before`, the group's last view, stays the same object.
         """
@@ -109,10 +131,15 @@ class Snapshot:
                 seen.add(ref)
                 pending += resource.refs
         kept = {
-            type_url: [r for name, r in resources.items() if type_url == POOL_LOAD or (type_url, name) in seen]
+            type_url: [r for name, r in resources.items() if type_url in OURS or (type_url, name) in seen]
             for type_url, resources in self.resources.items()
         }
         return (before or Snapshot.of({})).replace(kept)
+
+
+def _step(before: Mapping[str, Resource], after: Mapping[str, Resource]) -> Step:
+    same = {name for name, resource in before.items() if name in after and after[name].version == resource.version}
+    return Step(before, frozenset(before.keys() | after.keys()) - same)
 
 
 def group_of(groups: Container[str], node_cluster: str, node_id: str) -> str:

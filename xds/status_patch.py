@@ -23,6 +23,7 @@ from xds.model import (
     GATEWAY,
     INFERENCE,
     INFERENCE_X,
+    LLM_D,
     Condition,
     ConditionType,
     ListenerStatus,
@@ -49,6 +50,7 @@ REPORTING = frozenset(
         (INFERENCE, "InferencePool"),
         (INFERENCE_X, "InferencePool"),
         (INFERENCE_X, "InferenceModel"),
+        *((group, kind) for group in (INFERENCE_X, LLM_D) for kind in ("InferenceModelRewrite", "InferenceObjective")),
     }
 )
 # Condition types that are ours to write, and so to remove, in each place that has conditions.

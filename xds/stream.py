@@ -24,7 +24,8 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    delta can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a
    change).
 
-A change of weights is a change of endpoints alone, so it is sent at once. PoolLoad takes no part in the order.
+A change of weights is a change of endpoints alone, so it is sent at once. PoolConfig and PoolLoad take no part in the
+order.
 
 A stream of a service for one type (LDS, RDS, CDS, EDS, SDS instead of ADS) is `only` that type, which its requests need
 not name. Rules 7 to 9 order what is on one stream, so between such streams nothing is ordered: that is what ADS is for.
@@ -33,9 +34,10 @@ not name. Rules 7 to 9 order what is on one stream, so between such streams noth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, version_of
@@ -53,17 +55,22 @@ HOLD = 20.0
 # Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
 # client could add as many with each request.
 MAX_NAMES = 100_000
+MAX_NAME = 512  # characters of a name: the longest of ours, of a pool with the longest names, has 330
 
 MAX_MESSAGE = 2_000  # characters kept of a client's reason
 
 BROKEN_RULE = "Proto constraint validation failed"  # how Envoy says which rule of the proto a resource breaks
+
+# Lists of resources kept encoded: what clients that are up to date are sent at one time, one of each type and variant,
+# and as many again for clients that are behind.
+KEPT = 20
 
 
 class Kind(StrEnum):
     """What a request is; the first that fits, in this order."""
 
     UNKNOWN_TYPE = "unknown_type"  # not a type of this server: ignored
-    EXCESS = "excess"  # names more than MAX_NAMES: the stream has to be closed
+    EXCESS = "excess"  # names more than MAX_NAMES, or one longer than MAX_NAME: the stream has to be closed
     FIRST = "first"  # first of its type on this stream
     RECONNECT = "reconnect"  # the same, and the client says what it holds from an earlier stream
     STALE_NONCE = "stale_nonce"  # answers a response that a later one has overtaken
@@ -94,6 +101,31 @@ class Received:
     accepted: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What to send, encoded in two parts: two encoded protobufs, one after the other, are both merged.
+
+    `message` has all but the resources, `resources` are these: the same object for all clients that are sent the same.
+    """
+
+    type_url: str
+    nonce: str
+    message: bytes
+    resources: bytes
+    count: int  # of resources
+
+    def encode(self) -> bytes:
+        """Return the bytes of the DiscoveryResponse or DeltaDiscoveryResponse."""
+        return self.message + self.resources
+
+
+@lru_cache(KEPT)
+def encode_resources(resources: tuple[bytes, ...]) -> bytes:
+    """Return the field `resources` of a response in either variant: it has the same number in both."""
+    encoded: bytes = wire.DiscoveryResponse(resources=resources).SerializeToString()
+    return encoded
+
+
 def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_names: bool, answers: bool) -> Kind:
     """Say what a request is. `claims`: it says what it holds; `answers`: it has the nonce of the response in flight."""
     if not sub.opened:
@@ -109,6 +141,10 @@ def classify(sub: Subscription, *, claims: bool, stale: bool, error: bool, new_n
     return Kind.REPEAT
 
 
+def _is_excess(names: Iterable[str], count: int) -> bool:
+    return count > MAX_NAMES or any(len(name) > MAX_NAME for name in names)
+
+
 def _reason(message: str) -> str:
     """What is kept of a client's error message: where a rule is broken, Envoy quotes the whole resource before it."""
     place = message.rfind(BROKEN_RULE)
@@ -116,10 +152,9 @@ def _reason(message: str) -> str:
 
 
 RequestT = TypeVar("RequestT")
-ResponseT = TypeVar("ResponseT")
 
 
-class Stream(ABC, Generic[RequestT, ResponseT]):
+class Stream(ABC, Generic[RequestT]):
     """What both variants share: the order of sending, and what an answer means. Mutable, one for each gRPC stream."""
 
     def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "", only: str = "") -> None:
@@ -141,10 +176,10 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
         """Take a request. What it makes necessary to send comes with the next `advance`."""
 
     @abstractmethod
-    def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, ResponseT]:
-        """Return the version and the message that say `change` in this variant."""
+    def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, Response]:
+        """Return the version and the response that say `change` in this variant."""
 
-    def advance(self, snapshot: Snapshot | None, now: float) -> list[ResponseT]:
+    def advance(self, snapshot: Snapshot | None, now: float) -> list[Response]:
         """Return what to send now, in order, and take it as sent; `snapshot` is the newest, None before the first.
 
         Call it after every request, after every new snapshot, and at `deadline`. `now` in seconds on any steady clock.
@@ -161,11 +196,11 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
                 responses.append(response)
         return responses
 
-    def _push(self, type_url: str, snapshot: Snapshot, now: float, routes_pending: bool) -> ResponseT | None:
+    def _push(self, type_url: str, snapshot: Snapshot, now: float, routes_pending: bool) -> Response | None:
         sub = self.subscriptions[type_url]
         # A first answer takes nothing away: the requests for the other types may still be on their way.
         keep_removed = type_url in USED_BY_ROUTES and (routes_pending or sub.unanswered)
-        change = sub.plan(snapshot.resources[type_url], keep_removed=keep_removed)
+        change = sub.plan(snapshot.resources[type_url], snapshot.steps.get(type_url), keep_removed=keep_removed)
         if change is None:
             return None
         self._nonces += 1
@@ -200,6 +235,15 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
                     return True
         return False
 
+    def concerned(self, before: Snapshot | None, after: Snapshot | None) -> bool:
+        """Whether a type that the client has asked for differs; if not, `advance` has nothing more to send."""
+        if before is None or after is None:
+            return before is not after
+        return any(
+            sub.opened and before.resources[type_url] is not after.resources[type_url]
+            for type_url, sub in self.subscriptions.items()
+        )
+
     def deadline(self, now: float) -> float | None:
         """Return when `advance` has to be called even if nothing happens; None = no need."""
         flights = (self.subscriptions[type_url].flight for type_url in (CLUSTER, LISTENER, ROUTE))
@@ -226,7 +270,7 @@ class Stream(ABC, Generic[RequestT, ResponseT]):
         return Received(kind, type_url, Refusal(type_url, flight.version, flight.nonce, resources, message))
 
 
-class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
+class SotwStream(Stream[wire.DiscoveryRequest]):
     """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
 
     def __init__(self, identifier: str = "", only: str = "") -> None:
@@ -240,9 +284,10 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
         type_url, sub = self._asked(request.type_url)
         if sub is None:
             return Received(Kind.UNKNOWN_TYPE, type_url)
-        if len(request.resource_names) > MAX_NAMES:
-            return Received(Kind.EXCESS, type_url)
         names = request.resource_names
+        new_names = sub.differs(names)
+        if new_names and _is_excess(names, len(names)):
+            return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
         kind = classify(
@@ -250,7 +295,7 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
             claims=bool(request.version_info),
             stale=request.response_nonce != sub.nonce,
             error=error is not None,
-            new_names=sub.differs(names),
+            new_names=new_names,
             answers=flight is not None,
         )
         received = Received(kind, type_url)
@@ -259,27 +304,23 @@ class SotwStream(Stream[wire.DiscoveryRequest, wire.DiscoveryResponse]):
         elif kind is not Kind.STALE_NONCE:
             if flight is not None:
                 received = self._answer(kind, type_url, sub, flight, error)
-            sub.set_names(names)
+            if new_names:
+                sub.set_names(names)
         return received
 
-    def _encode(
-        self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
-    ) -> tuple[str, wire.DiscoveryResponse]:
+    def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, Response]:
         resources, version = change.update, snapshot.versions[type_url]
         if type_url not in BY_NAME:
             resources = self.subscriptions[type_url].after(change)
             if resources != snapshot.resources[type_url]:
                 version = version_of(resources)
-        return version, wire.DiscoveryResponse(
-            version_info=version,
-            resources=[resource.any for resource in resources.values()],
-            type_url=type_url,
-            nonce=nonce,
-            control_plane=self._control_plane,
+        message = wire.DiscoveryResponse(
+            version_info=version, type_url=type_url, nonce=nonce, control_plane=self._control_plane
         )
+        return version, _response(message, (resource.any for resource in resources.values()))
 
 
-class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse]):
+class DeltaStream(Stream[wire.DeltaDiscoveryRequest]):
     """Incremental: requests change the set of names, responses carry only what changed."""
 
     def __init__(self, identifier: str = "", only: str = "") -> None:
@@ -292,39 +333,42 @@ class DeltaStream(Stream[wire.DeltaDiscoveryRequest, wire.DeltaDiscoveryResponse
         type_url, sub = self._asked(request.type_url)
         if sub is None:
             return Received(Kind.UNKNOWN_TYPE, type_url)
-        if len(sub.names) + len(request.resource_names_subscribe) > MAX_NAMES:
+        new, held = request.resource_names_subscribe, request.initial_resource_versions
+        if _is_excess(new, len(sub.names) + len(new)) or _is_excess(held, len(held)):
             return Received(Kind.EXCESS, type_url)
         error = request.error_detail if request.HasField("error_detail") else None
         flight = sub.flight if sub.flight is not None and request.response_nonce == sub.flight.nonce else None
         kind = classify(
             sub,
-            claims=bool(request.initial_resource_versions),
+            claims=bool(held),
             stale=request.response_nonce not in ("", sub.nonce),
             error=error is not None,
-            new_names=bool(request.resource_names_subscribe or request.resource_names_unsubscribe),
+            new_names=bool(new or request.resource_names_unsubscribe),
             answers=flight is not None,
         )
         received = Received(kind, type_url)
         if kind in (Kind.FIRST, Kind.RECONNECT):
-            held = dict(request.initial_resource_versions)
-            sub.open(names=request.resource_names_subscribe, held=held)
-            received = Received(kind, type_url, accepted=held)
+            sub.open(names=new, held=held)
+            received = Received(kind, type_url, accepted=dict(held))
         else:
             if flight is not None:
                 received = self._answer(kind, type_url, sub, flight, error)
-            sub.subscribe(request.resource_names_subscribe)
+            sub.subscribe(new)
             sub.unsubscribe(request.resource_names_unsubscribe)
         return received
 
-    def _encode(
-        self, type_url: str, change: Change, snapshot: Snapshot, nonce: str
-    ) -> tuple[str, wire.DeltaDiscoveryResponse]:
+    def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, Response]:
         version = snapshot.versions[type_url]
-        return version, wire.DeltaDiscoveryResponse(
+        message = wire.DeltaDiscoveryResponse(
             system_version_info=version,
-            resources=[resource.entry for resource in change.update.values()],
             type_url=type_url,
             nonce=nonce,
             removed_resources=sorted(change.remove),
             control_plane=self._control_plane,
         )
+        return version, _response(message, (resource.entry for resource in change.update.values()))
+
+
+def _response(message: wire.DiscoveryResponse | wire.DeltaDiscoveryResponse, resources: Iterable[bytes]) -> Response:
+    given = tuple(resources)
+    return Response(message.type_url, message.nonce, message.SerializeToString(), encode_resources(given), len(given))

@@ -11,11 +11,11 @@ resource is refused: it is not sent again until it changes, and the client stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
-from xds.snapshot import Resource, version_of
+from xds.snapshot import Resource, Step, version_of
 
 WILDCARD = "*"
 
@@ -77,7 +77,9 @@ class Subscription:
     _claim: str = ""  # the version a reconnecting SotW client says it holds
     _limit: int | None = None  # resources in one response, while a refusal is being narrowed down
     _refused_whole: Mapping[str, Resource] | None = None
-    _clean: Mapping[str, Resource] | None = None  # nothing differs from these: saves comparing again
+    # Nothing differs from these: saves comparing again, and leaves to compare only what a step from here changes.
+    _clean: Mapping[str, Resource] | None = None
+    _next_clean: Mapping[str, Resource] | None = None  # the same, once the client has accepted the response in flight
 
     # --- what the client asks for ---
 
@@ -96,8 +98,6 @@ class Subscription:
 
     def set_names(self, names: Iterable[str]) -> None:
         """Take the full list of names that a SotW request carries."""
-        if not self.differs(names):
-            return
         self._named = self._named or bool(names)
         self.wildcard, new = self._asked(names)
         added, self.names = new - self.names, new
@@ -124,13 +124,15 @@ class Subscription:
             else:
                 self.names.add(name)
                 self._owe_again((name,))
-        self._clean = None
+            self._compare_all()
 
-    def unsubscribe(self, names: Iterable[str]) -> None:
+    def unsubscribe(self, names: Sequence[str]) -> None:
         """Take delta's resource_names_unsubscribe; names that are not subscribed are ignored.
 
         With a wildcard beside it the client cannot know whether to keep the resource, so it is owed an answer.
         """
+        if not names:
+            return
         for name in names:
             if name == WILDCARD:
                 self.wildcard = False
@@ -147,14 +149,14 @@ class Subscription:
     def owe(self, names: Iterable[str]) -> None:
         """Have these sent with the next response, changed or not."""
         self.owed.update(names)
-        self._clean = None
+        self._compare_all()
 
     def _owe_again(self, names: Iterable[str]) -> None:
         sent = self.flight.change if self.flight else NO_CHANGE
         self.owe(name for name in names if name in self.held or name in sent.update or name in sent.remove)
 
     def _forget_unwanted(self) -> None:
-        self._clean = None
+        self._compare_all()
         for memory in (self.held, self.refused):
             for name in [name for name in memory if not self.wants(name)]:
                 del memory[name]
@@ -167,21 +169,36 @@ class Subscription:
             return resources
         return {name: resources[name] for name in sorted(self.names) if name in resources}
 
-    def changes(self, resources: Mapping[str, Resource]) -> Change:
+    def changes(self, resources: Mapping[str, Resource], step: Step | None = None) -> Change:
         """Return how `resources` differ from what the client has accepted; refused versions do not count.
 
-        A response in flight is not accepted yet: its resources are part of the difference.
+        A response in flight is not accepted yet: its resources are part of the difference. `step` led to `resources`.
         """
         if self._clean is resources:
             return NO_CHANGE
-        update = {name: resource for name, resource in self.wanted(resources).items() if self._due(resource)}
-        known = {name for name, resource in self.held.items() if resource is not None}
-        untold = {name for name in self.names if name not in self.held}
-        owed = {name for name in self.owed if self.wants(name)}
-        change = Change(update, frozenset((known | untold | owed) - resources.keys()))
+        if step is not None and step.before is self._clean:
+            change = self._compare(step.names, resources)
+        else:
+            asked = resources.keys() if self.wildcard else self.names
+            change = self._compare(asked | self.names | self.held.keys() | self.owed, resources)
         if not change:
             self._clean = resources
         return change
+
+    def _compare(self, names: Set[str], resources: Mapping[str, Resource]) -> Change:
+        there = sorted(names & resources.keys())
+        update = {name: resources[name] for name in there if self.wants(name) and self._due(resources[name])}
+        return Change(update, frozenset(name for name in names - resources.keys() if self._misses(name)))
+
+    def _compare_all(self) -> None:
+        """Forget what is known not to differ: what the client wants or holds is another."""
+        self._clean = self._next_clean = None
+
+    def _misses(self, name: str) -> bool:
+        """Whether the client has to be told that this resource does not exist."""
+        if name in self.held:
+            return self.held[name] is not None or (name in self.owed and self.wants(name))
+        return name in self.names or (name in self.owed and self.wants(name))
 
     def _due(self, resource: Resource) -> bool:
         if self.refused.get(resource.name) == resource.version:
@@ -194,10 +211,12 @@ class Subscription:
 
     def refuses(self, resources: Mapping[str, Resource]) -> bool:
         """Whether the client has refused any of these, as they are now."""
+        if not self.refused and self._refused_whole is None:
+            return False
         self.refused = {n: v for n, v in self.refused.items() if n in resources and resources[n].version == v}
         return bool(self.refused) or self._refused_whole == self.wanted(resources)
 
-    def plan(self, resources: Mapping[str, Resource], *, keep_removed: bool) -> Change | None:
+    def plan(self, resources: Mapping[str, Resource], step: Step | None = None, *, keep_removed: bool) -> Change | None:
         """Return what to send now, None for nothing. At most one response is in flight: what comes meanwhile coalesces.
 
         `keep_removed`: the client is to keep what it holds, even if the snapshot no longer has it.
@@ -208,7 +227,7 @@ class Subscription:
             self._check_claim(self.wanted(resources))
         if self.refuses(resources) and not self.base_known:
             return None
-        change = self.changes(resources)
+        change = self.changes(resources, step)
         self.owed.intersection_update(change.update)  # a name the client does not want is owed to nobody
         if not change.update:
             self._limit = None
@@ -219,7 +238,13 @@ class Subscription:
         elif keep_removed:
             remove = frozenset(name for name in remove if self.held.get(name) is None)
         update = dict(islice(change.update.items(), self._limit))
-        return Change(update, remove) if update or remove or self.unanswered else None
+        whole = len(update) == len(change.update) and (not self.tells_absence or len(remove) == len(change.remove))
+        if update or remove or self.unanswered:
+            self._next_clean = resources if whole else None
+            return Change(update, remove)
+        if whole:
+            self._clean = resources
+        return None
 
     def _check_claim(self, wanted: Mapping[str, Resource]) -> None:
         """Compare what a reconnecting SotW client says it holds with what it would be sent.
@@ -256,10 +281,11 @@ class Subscription:
         if self.flight is None:
             return
         change, self.version_acked = self.flight.change, self.flight.version
-        self.flight = self._clean = None
+        self.flight = None
         self.base_known = True
         self.held.update({name: resource for name, resource in change.update.items() if self.wants(name)})
         self._drop(change.remove)
+        self._clean, self._next_clean = self._next_clean, None
         if self._limit is not None:
             self._limit *= 2
 
@@ -269,7 +295,7 @@ class Subscription:
             return
         change, self.flight = self.flight.change, None
         self.last_nack = message
-        self._clean = None
+        self._compare_all()
         if not self.base_known:
             self._refused_whole = change.update
         elif len(change.update) > 1:
@@ -281,6 +307,7 @@ class Subscription:
             self._drop(change.remove)  # to refuse a removal means nothing: the resource is not served any more
 
     def _drop(self, names: Iterable[str]) -> None:
+        self._clean = None
         for name in names:
             if name in self.names:
                 self.held[name] = None

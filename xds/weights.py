@@ -76,7 +76,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What is remembered of one endpoint. `since` is when it joined or restarted, `ramps` whether others were warm."""
+    """What is remembered of one endpoint. `since` is when it joined or restarted, `ramps` whether others were warm.
+
+    `restarts` counts the restarts seen since it joined.
+    """
 
     since: float
     ramps: bool
@@ -87,6 +90,7 @@ class Member:
     kv_usage: float = 0.0  # 0..1, smoothed
     token_time: Rate = UNKNOWN  # seconds a token
     prefill: Rate = UNKNOWN  # tokens a second
+    restarts: int = 0
 
     @property
     def weight(self) -> int:
@@ -222,7 +226,7 @@ def _observe(member: Member | None, sample: Sample, now: float, *, others_warm: 
     if member is None:
         member = Member(since=now, ramps=others_warm, level=_RAMP_LEVEL if others_warm else 0)
     elif load and member.load and _restarted(member.load, load):
-        member = Member(since=now, ramps=others_warm, level=member.level)
+        member = Member(since=now, ramps=others_warm, level=member.level, restarts=member.restarts + 1)
     if not load or (member.load and sample.read_at <= member.read_at):
         return member
     # Smoothing begins at 0: what the first page of an endpoint says has to last before it counts.

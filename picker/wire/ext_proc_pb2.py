@@ -25,23 +25,33 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apicker/wire/ext_proc.proto\x12\x10vllm_xds.wire.v1\x1a\x1cgoogle/protobuf/struct.proto\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\xda\x01\n\x11ProcessingRequest\x12\x30\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1a.vllm_xds.wire.v1.HttpBody\x12G\n\nattributes\x18\t \x03(\x0b\x32\x33.vllm_xds.wire.v1.ProcessingRequest.AttributesEntry\x1aJ\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\x0e\n\x0c\x42odyResponse\"}\n\x12ProcessingResponse\x12\x34\n\x0crequest_body\x18\x03 \x01(\x0b\x32\x1e.vllm_xds.wire.v1.BodyResponse\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Structb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apicker/wire/ext_proc.proto\x12\x10vllm_xds.wire.v1\x1a\x1cgoogle/protobuf/struct.proto\"/\n\x08HttpBody\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x15\n\rend_of_stream\x18\x02 \x01(\x08\"\xb1\x01\n\x0fMetadataContext\x12N\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x35.vllm_xds.wire.v1.MetadataContext.FilterMetadataEntry\x1aN\n\x13\x46ilterMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"\x97\x02\n\x11ProcessingRequest\x12\x30\n\x0crequest_body\x18\x04 \x01(\x0b\x32\x1a.vllm_xds.wire.v1.HttpBody\x12;\n\x10metadata_context\x18\x08 \x01(\x0b\x32!.vllm_xds.wire.v1.MetadataContext\x12G\n\nattributes\x18\t \x03(\x0b\x32\x33.vllm_xds.wire.v1.ProcessingRequest.AttributesEntry\x1aJ\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct:\x02\x38\x01\"*\n\x0c\x42odyMutation\x12\x0e\n\x04\x62ody\x18\x01 \x01(\x0cH\x00\x42\n\n\x08mutation\"G\n\x0e\x43ommonResponse\x12\x35\n\rbody_mutation\x18\x03 \x01(\x0b\x32\x1e.vllm_xds.wire.v1.BodyMutation\"B\n\x0c\x42odyResponse\x12\x32\n\x08response\x18\x01 \x01(\x0b\x32 .vllm_xds.wire.v1.CommonResponse\"}\n\x12ProcessingResponse\x12\x34\n\x0crequest_body\x18\x03 \x01(\x0b\x32\x1e.vllm_xds.wire.v1.BodyResponse\x12\x31\n\x10\x64ynamic_metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Structb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'picker.wire.ext_proc_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_METADATACONTEXT_FILTERMETADATAENTRY']._loaded_options = None
+  _globals['_METADATACONTEXT_FILTERMETADATAENTRY']._serialized_options = b'8\001'
   _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_HTTPBODY']._serialized_start=78
   _globals['_HTTPBODY']._serialized_end=125
-  _globals['_PROCESSINGREQUEST']._serialized_start=128
-  _globals['_PROCESSINGREQUEST']._serialized_end=346
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=272
-  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=346
-  _globals['_BODYRESPONSE']._serialized_start=348
-  _globals['_BODYRESPONSE']._serialized_end=362
-  _globals['_PROCESSINGRESPONSE']._serialized_start=364
-  _globals['_PROCESSINGRESPONSE']._serialized_end=489
+  _globals['_METADATACONTEXT']._serialized_start=128
+  _globals['_METADATACONTEXT']._serialized_end=305
+  _globals['_METADATACONTEXT_FILTERMETADATAENTRY']._serialized_start=227
+  _globals['_METADATACONTEXT_FILTERMETADATAENTRY']._serialized_end=305
+  _globals['_PROCESSINGREQUEST']._serialized_start=308
+  _globals['_PROCESSINGREQUEST']._serialized_end=587
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_start=513
+  _globals['_PROCESSINGREQUEST_ATTRIBUTESENTRY']._serialized_end=587
+  _globals['_BODYMUTATION']._serialized_start=589
+  _globals['_BODYMUTATION']._serialized_end=631
+  _globals['_COMMONRESPONSE']._serialized_start=633
+  _globals['_COMMONRESPONSE']._serialized_end=704
+  _globals['_BODYRESPONSE']._serialized_start=706
+  _globals['_BODYRESPONSE']._serialized_end=772
+  _globals['_PROCESSINGRESPONSE']._serialized_start=774
+  _globals['_PROCESSINGRESPONSE']._serialized_end=899
 # @@protoc_insertion_point(module_scope)

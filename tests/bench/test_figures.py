@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from bench import change_ack, figures, page_cost, request_cpu, route_latency
+from bench import change_ack, figures, many_clients, page_cost, request_cpu, route_latency
 from bench.closed_loop import SYSTEMS, USERS, AnswerError, Client, alternate, hammer, requests
 from bench.instant_pod import ANSWER, InstantPod, reply, vllm_page
+from bench.many_clients import Server
 from bench.report import Table, cpu_seconds, number
 from bench.rig import BY_MODEL, PICKED, PLAIN, Rig
 from bench.route_latency import Case
+from bench.xds_clients import BAD, Fleet
 
 
 @asynccontextmanager
@@ -148,12 +150,37 @@ def test_pages_are_parsed_by_both() -> None:
 
 
 async def test_the_scraper_reads_every_pod() -> None:
-    """Three pods, each at an address of its own, none failing."""
-    ((fleet, read, failing, *figures_),) = (await page_cost.scraper(pods=3, interval=0.1, rounds=5)).rows
-    assert fleet == "3 pods each 0.1 s"
+    """Three pods, each at an address of its own, none failing; of five with bad ones, what hangs or is slow fails."""
+    fleet, read, failing, *figures_ = await page_cost.scraper(pods=3, interval=0.1, rounds=5)
+    assert (fleet, failing) == ("3", "0")
     assert int(read) > 3
-    assert failing == "0"
-    assert len(figures_) == 2
+    assert positive(tuple(figures_))
+    fleet, read, failing, *figures_ = await page_cost.scraper(pods=5, interval=0.3, rounds=2, hung=1, slow=1, large=1)
+    assert (fleet, failing) == ("5, 1 hung, 1 slow, 1 large", "2")
+    assert int(read) > 3
+    assert len(figures_) == 4
+
+
+async def test_envoys_are_simulated() -> None:
+    """Every change is accepted by every good client of both variants, whatever bad ones do; without one nothing is."""
+    async with Server(endpoints=40, pools=2, interval=0.1) as running, Fleet(running.address) as fleet:
+        delta, (sotw,) = await fleet.join(2), await fleet.join(1, delta=False)
+        for manner in BAD:
+            await fleet.join(1, manner=manner)
+        good = (*delta, sotw)
+        watched = await running.watch(good, rounds=3)
+        assert watched.rounds >= 3
+        assert len(watched.acks) >= 3 * len(watched.last) >= 3
+        assert 0 < watched.acks[0] <= watched.acks[-1] == watched.last[-1]
+        assert watched.sent > 3 * 40 * 70  # bytes: an endpoint has some 80
+        assert len(watched.cells(len(good))) == len(many_clients.COLUMNS)
+        running.change(1)
+        one = await running.watch(good, rounds=3)
+        assert one.sent / one.rounds < 0.75 * watched.sent / watched.rounds
+        running.change(0)
+        none = await running.watch(good, rounds=3)
+        assert (none.sent, none.acks, none.last) == (0, [], [])
+    assert many_clients.state_bytes(endpoints=4, pools=2, count=1) > 1_000
 
 
 def test_a_decision_is_made_by_cost() -> None:

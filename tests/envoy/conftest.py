@@ -109,7 +109,7 @@ class Gateway:
     # --- parts ---
 
     async def start_pods(
-        self, count: int, config: EngineConfig | None = None, kind: type[SimulatedPod] = SimulatedPod
+        self, count: int, config: EngineConfig | None = None, kind: Callable[..., SimulatedPod] = SimulatedPod
     ) -> None:
         net = random.randrange(2, 250)  # another run's pods on this machine are somewhere else
         for i in range(count):
@@ -175,11 +175,11 @@ class Gateway:
         await envoy.ready(BOUND)
         return envoy
 
-    async def start_picker(self, *options: str) -> None:
+    async def start_picker(self, *options: str, until: str = "server connected") -> None:
         self.picker = await self._start_process(
             *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
             *("--metrics-address", "127.0.0.1:0", *options),
-            until="server connected",
+            until=until,
         )
 
     async def start_server_process(self, *options: str, until: str = "client connected") -> asyncio.subprocess.Process:
@@ -224,10 +224,11 @@ class Gateway:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
         await self.settled(clients=2)
         async with asyncio.timeout(BOUND):
-            while not await self._healthy(PICKER_CLUSTER):
+            while not await self.healthy(PICKER_CLUSTER):
                 pass  # each look is a request to Envoy's admin API
 
-    async def _healthy(self, cluster: str) -> bool:
+    async def healthy(self, cluster: str) -> bool:
+        """What Envoy's health checks find of every host of a cluster."""
         statuses = (await self.envoy.get("/clusters?format=json"))["cluster_statuses"]
         hosts = next(status["host_statuses"] for status in statuses if status["name"] == cluster)
         return all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)

@@ -10,24 +10,22 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
-from aiohttp import web
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import ConnectionTerminated, ResponseReceived, StreamReset
 
 from bench.envoy import free_port
 from bench.vllm_engine import EngineConfig
-from bench.vllm_server import SimulatedPod
 from tests.envoy.conftest import BOUND, Gateway
+from tests.envoy.recording_pod import Received, RecordingPod
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -65,32 +63,6 @@ kind: Pod
 metadata: {{name: {name}, labels: {{app: other}}}}
 status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
 """
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A request as it came to a pod; header names in lower case."""
-
-    pod: str
-    path: str
-    headers: dict[str, str]
-
-
-class RecordingPod(SimulatedPod):
-    """A simulated pod that notes the head of what it is sent, the gateway's own requests aside."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.received: list[Received] = []
-
-    @web.middleware
-    async def _front(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in ("/health", "/metrics"):
-            headers = {name.lower(): value for name, value in request.headers.items()}
-            self.received.append(Received(self.name, request.raw_path, headers))
-        return await super()._front(request, handler)
 
 
 class Clients:

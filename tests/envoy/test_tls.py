@@ -53,8 +53,8 @@ class TlsGateway(Gateway):
             (self.sds / name).write_text(text)
         await super().start_envoy(tls_sds or str(self.sds), edit)
 
-    async def start_picker(self, *options: str) -> None:
-        await super().start_picker(*self.identities["picker"].options, *options)
+    async def start_picker(self, *options: str, until: str = "server connected") -> None:
+        await super().start_picker(*self.identities["picker"].options, *options, until=until)
 
     async def start_server_process(self, *options: str, until: str = '"node": "envoy"') -> asyncio.subprocess.Process:
         """Returns when Envoy, and not the picker alone, is connected to it."""

@@ -9,7 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from picker.cost import LEAK, PREFILL_RATE, STALE, UNKNOWN_CHUNKS, PodLoad, Pool, PoolLoad
+from picker.cost import (
+    ADAPTER_FULL,
+    ADAPTER_LOAD,
+    ADAPTER_WAITS,
+    CN,
+    DEFAULT_COSTS,
+    LEAK,
+    MAX_ADAPTERS,
+    PREFILL_RATE,
+    STALE,
+    UNKNOWN_CHUNKS,
+    Costs,
+    PodLoad,
+    Pool,
+    PoolLoad,
+)
 
 MANY = 1 << 20  # chunks: no bound in these tests
 POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
@@ -163,6 +178,37 @@ def test_a_restart_forgets(change: dict[str, Any]) -> None:
     assert send(fleet, path("x", 10)) == "a"  # no backlog, no sends: cheaper than b
 
 
+@pytest.mark.parametrize(
+    ("loads", "saturated"),
+    [
+        ([(5.0, 0.0)], True),
+        ([(4.9, 0.79)], False),
+        ([(0.0, 0.8)], True),
+        ([(0.0, 0.8), (5.0, 0.1)], True),  # the larger of the two, each
+        ([(10.0, 0.0), (0.0, 0.0)], True),  # the average: 2 and 0
+        ([(9.0, 0.0), (0.0, 0.0)], False),
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.2)], True),  # 3 * 1.25 + 0.25 of 4
+        ([(0.0, 1.0)] * 3 + [(0.0, 0.1)], False),
+        ([], False),
+    ],
+)
+def test_a_saturated_pool(loads: list[tuple[float, float]], saturated: bool) -> None:
+    """The average over the pods of max(waiting / 5, KV use / 0.8), from 1 on."""
+    fleet = pool(*(replace(POD, hash_key=str(i), waiting=w, kv_usage=kv) for i, (w, kv) in enumerate(loads)))
+    assert fleet.saturated(5.0, 0.8, 0.0) is saturated
+
+
+def test_what_is_not_known_saturates_no_pool() -> None:
+    """A pod without a fresh report counts as idle: with all of them stale, or never read, nobody is refused."""
+    full = [replace(POD, hash_key=name, waiting=50.0) for name in "abc"]
+    assert pool(*full).saturated(5.0, 0.8, STALE)
+    assert not pool(*full).saturated(5.0, 0.8, STALE + 0.1)
+    assert not pool(*(replace(pod, age=-1.0) for pod in full)).saturated(5.0, 0.8, 0.0)
+    half = [replace(full[0], waiting=9.0), replace(full[1], age=STALE + 1)]
+    assert not pool(*half).saturated(5.0, 0.8, 0.0)  # 1.8 and unknown: 0.9
+    assert pool(replace(half[0], waiting=10.0), half[1]).saturated(5.0, 0.8, 0.0)
+
+
 def test_no_fresh_report_no_pick() -> None:
     """Older than STALE, never read, or no pods at all: the caller falls back."""
     assert send(pool(POD), [], STALE) == "a"
@@ -198,6 +244,126 @@ def test_a_short_answer_needs_less_room() -> None:
         nearly_full = replace(POD, kv_usage=0.95, kv_tokens=100_000)  # each token beyond this one costs 2
         fleet = pool(nearly_full, replace(POD, hash_key="b", running=2.0))
         assert fleet.pick([], 10, max_tokens, None, 0.0) == picked
+
+
+def adapted(names: str = "ab", **fields: Any) -> list[PodLoad]:
+    """Pods for two adapters at a time, on which nothing runs."""
+    return pods(names, max_lora=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("load", "cost"),
+    [
+        ({"running_adapters": ("x",)}, 0.0),
+        ({"running_adapters": ("x", "y")}, 0.0),
+        ({}, ADAPTER_LOAD),
+        ({"running_adapters": ("y",)}, ADAPTER_LOAD),
+        ({"max_lora": 0}, ADAPTER_LOAD),  # its page says nothing of adapters
+        ({"waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z"), "waiting_adapters": ("x",)}, ADAPTER_WAITS),
+        ({"running_adapters": ("y", "z")}, ADAPTER_FULL),
+    ],
+)
+def test_what_an_adapter_costs(load: dict[str, Any], cost: float) -> None:
+    """Loaded, room, waited for, full: A of each, against a pod that holds it and is busier by just more or less."""
+    assert 0 < ADAPTER_LOAD < ADAPTER_WAITS < ADAPTER_FULL
+    pod = replace(*adapted("a"), **load)
+    for tokens, picked in ((cost + 1, "a"), (cost - 1, "b")):
+        busier = replace(*adapted("b"), running=1.0 + tokens / CN, running_adapters=("x",))
+        assert pool(replace(pod, running=1.0), busier).pick([], 0, None, None, 0.0, None, "x") == picked
+
+
+def test_a_model_nobody_reports_as_an_adapter_is_none() -> None:
+    """The base model costs the same wherever it is asked for; so does the first request for an adapter."""
+    loads = (*adapted("a", running=1.0), *adapted("b", running_adapters=("y", "z")))
+    for model in ("base", "x", ""):
+        assert pool(*loads).pick([], 0, None, None, 0.0, None, model) == "b"
+    loads = (loads[0], replace(loads[1], waiting_adapters=("y", "x")))
+    assert pool(*loads).pick([], 0, None, None, 0.0, None, "x") == "a"
+
+
+def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
+    """Also those that no report shows running: as many as it has places, and none after a restart."""
+    loads = tuple(adapted(waiting_adapters=("x", "y", "z")))
+    fleet = pool(*loads)
+    fleet.update(PoolLoad("p", tuple(adapted())), MANY, 0.0)
+    pod = fleet._pods[fleet.pick([], 0, None, None, 0.0, None, "x") or ""]
+    assert pod.adapter_cost("x") == 0.0
+    for adapter, held in (("y", "xy"), ("x", "xy"), ("z", "xz")):
+        pod.send([], None, adapter, 0.0, 0.0, 1, 0.0, DEFAULT_COSTS)
+        assert [name for name in "xyz" if not pod.adapter_cost(name)] == list(held)
+    pod.report(replace(pod.load, running_adapters=("y",)), 1, MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == ["y", "z"]
+    pod.report(replace(pod.load, start_time=9.0, running_adapters=()), 1, MANY, 1.0)
+    assert [name for name in "xyz" if not pod.adapter_cost(name)] == []
+
+
+def test_adapters_known_are_bounded() -> None:
+    """However many names pods make up."""
+    fleet = pool()
+    for i in range(0, 2 * MAX_ADAPTERS, 512):
+        names = tuple(str(n) for n in range(i, i + 512))
+        fleet.update(PoolLoad("p", (PodLoad("a", running_adapters=names),)), MANY, 0.0)
+    assert len(fleet._adapters) == MAX_ADAPTERS
+
+
+@pytest.mark.parametrize(
+    ("costs", "picked"),
+    [
+        (Costs(), "b"),  # 1000 * 1.3 + 100 against 1000
+        (Costs(request_cost=0.0), "b"),
+        (Costs(output_tokens=2000.0), "a"),  # 1000 beyond b's cache, at 2 each
+        (Costs(prefill_rate=1e6), "b"),
+    ],
+)
+def test_what_an_operator_sets_counts(costs: Costs, picked: str) -> None:
+    """The usual answer's length decides whether it fits; the other two on their own below."""
+    fleet = pool(replace(POD, running=1.0), replace(POD, hash_key="b", kv_usage=0.8, kv_tokens=10_000))
+    fleet.costs = costs
+    assert fleet.pick([], 1000, None, None, 0.0) == picked
+
+
+def test_the_cost_of_a_running_request_can_be_set() -> None:
+    """At 0 an empty prompt costs as much where more run, as it does nowhere else."""
+    for cost, model, picked in ((0.0, "x", "a"), (CN, "x", "b"), (0.0, "y", "b")):
+        fleet = pool(*adapted("a", running=5.0, running_adapters=("x",)), *adapted("b", running_adapters=("y",)))
+        fleet.costs = Costs(request_cost=cost)
+        assert fleet.pick([], 0, None, None, 0.0, None, model) == picked
+
+
+def test_the_prefill_rate_of_an_unknown_pod_can_be_set() -> None:
+    """Its backlog leaks at LEAK of it; a pod whose own rate is known does not follow."""
+    for rate, picked in ((0.0, "a"), (1000.0, "b")):
+        fleet = pool(replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))
+        fleet.costs = Costs(prefill_rate=50_000.0)
+        assert fleet.pick([], 7000, None, None, 0.0) == "a"
+        fleet.update(
+            PoolLoad("p", (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))), MANY, 0.3
+        )
+        assert fleet.pick([], 1, None, None, 0.3) == picked
+
+
+@pytest.mark.parametrize(("busier", "stays"), [(4.0, True), (6.0, False)])
+def test_a_hint_keeps_a_short_prompt(busier: float, stays: bool) -> None:
+    """Below one chunk a session stays for what its tokens are worth: 500 of them, five running requests."""
+    fleet = pool(POD, replace(POD, hash_key="b", running=9.0))
+    assert fleet.pick([], 500, None, None, 0.0, b"session") == "a"
+    fleet.update(PoolLoad("p", (replace(POD, running=busier), replace(POD, hash_key="b"))), MANY, 2.0)
+    assert (fleet.pick([], 500, None, None, 2.0, b"session") == "a") is stays
+
+
+def test_a_hint_is_worth_one_chunk() -> None:
+    """It says no more than that, whatever the prompt's length, and nothing where a chunk of the text was seen."""
+    for tokens, cached in ((100, 100), (512, 512), (5000, 512)):
+        fleet = pool(replace(POD, hash_key="a"))
+        fleet.pick([], tokens, None, None, 0.0, b"session")
+        pod = fleet._pods["a"]
+        assert pod.cached([], b"session", tokens) == cached
+        assert pod.cached([b"new"], b"session", tokens) == cached
+        assert pod.cached([], b"other", tokens) == pod.cached([], None, tokens) == 0
+    fleet = pool(replace(POD, hash_key="a"))
+    fleet.pick(path("x", 3), 2000, None, None, 0.0, b"session")
+    assert fleet._pods["a"].cached(path("x", 9), b"session", 5000) == 3 * 512
 
 
 @given(

@@ -10,30 +10,44 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from picker.cost import STALE, PodLoad, PoolLoad
-from picker.loads import METHOD, TYPE_URL, LoadsClient, Subscription, decode, watch
+from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.loads import CONFIG, LOAD, METHOD, LoadsClient, Subscription, decode, watch
 from picker.metrics import PickerMetrics
-from picker.pick import Picker
+from picker.models import Models, Rule
+from picker.pick import Picker, PoolConfig
 from xds.wire import discovery_pb2 as wire
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
 from xds.wire.load_pb2 import EndpointLoad
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
+from xds.wire.pool_config_pb2 import Costs as WireCosts
+from xds.wire.pool_config_pb2 import ModelRule, Objective, Saturation, Target
+from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
 
 POOL = "pool/default/qwen"
 
 
 def resource(name: str = POOL, version: str = "1", **endpoint: Any) -> Resource:
     load = WirePoolLoad(name=name, endpoints=[EndpointLoad(**{"hash_key": "default/a"} | endpoint)])
-    return Resource(name=name, version=version, resource=wire.Any(type_url=TYPE_URL, value=load.SerializeToString()))
+    return Resource(name=name, version=version, resource=wire.Any(type_url=LOAD, value=load.SerializeToString()))
 
 
 def response(nonce: str, *resources: Resource, removed: tuple[str, ...] = ()) -> DeltaDiscoveryResponse:
     return DeltaDiscoveryResponse(
-        type_url=TYPE_URL,
+        type_url=LOAD,
         nonce=nonce,
         resources=[one.SerializeToString() for one in resources],
         removed_resources=removed,
     )
+
+
+def config(**costs: float) -> WirePoolConfig:
+    return WirePoolConfig(name=POOL, costs=WireCosts(**costs))
+
+
+def config_response(nonce: str, made: WirePoolConfig, version: str = "1") -> DeltaDiscoveryResponse:
+    body = wire.Any(type_url=CONFIG, value=made.SerializeToString())
+    one = Resource(name=made.name, version=version, resource=body)
+    return DeltaDiscoveryResponse(type_url=CONFIG, nonce=nonce, resources=[one.SerializeToString()])
 
 
 class FakeServer:
@@ -72,6 +86,13 @@ class FakeServer:
     async def request(self) -> DeltaDiscoveryRequest:
         async with asyncio.timeout(20):
             return await self.requests.get()
+
+    async def opened(self) -> DeltaDiscoveryRequest:
+        """The request for loads a new stream begins with; that for settings comes just before it."""
+        config, load = await self.request(), await self.request()
+        assert (config.type_url, load.type_url) == (CONFIG, LOAD)
+        assert config.node == load.node
+        return load
 
 
 class Follower:
@@ -112,14 +133,13 @@ async def test_a_wildcard_subscription_that_acks() -> None:
     server = FakeServer()
     await server.start()
     async with following(server) as follower:
-        first = await server.request()
+        first = await server.opened()
         assert first.node.id == "picker-1"
-        assert first.type_url == TYPE_URL
         assert not first.resource_names_subscribe
         assert not first.initial_resource_versions
         for nonce in ("n1", "n2"):
             server.send(response(nonce, resource(version=nonce, age=2.0)))
-            assert await server.request() == DeltaDiscoveryRequest(type_url=TYPE_URL, response_nonce=nonce)
+            assert await server.request() == DeltaDiscoveryRequest(type_url=LOAD, response_nonce=nonce)
             assert follower.picker.read_at() == {POOL: 98.0}
         assert follower.connected == 1
         server.send(response("n3", removed=(POOL, "never known")))
@@ -134,19 +154,22 @@ async def test_it_reconnects_with_what_it_has() -> None:
     await server.start()
     with capture_logs() as logs:
         async with following(server) as follower:
-            await server.request()
+            await server.opened()
             server.send(response("n1", resource(version="7"), resource("pool/default/llama", "8")))
             await server.request()
             server.send(response("n2", removed=("pool/default/llama",)))
             await server.request()
+            server.send(config_response("n3", config(output_tokens=5.0), version="9"))
+            await server.request()
             server.responses.put_nowait(None)
-            again = await server.request()
-            assert again.node.id == "picker-1"
+            config_again, again = await server.request(), await server.request()
+            assert again.node.id == config_again.node.id == "picker-1"
             assert dict(again.initial_resource_versions) == {POOL: "7"}
+            assert dict(config_again.initial_resource_versions) == {POOL: "9"}
             await server.stop()
             assert list(follower.picker.read_at()) == [POOL]
             await server.start(server.address)
-            assert dict((await server.request()).initial_resource_versions) == {POOL: "7"}
+            assert dict((await server.opened()).initial_resource_versions) == {POOL: "7"}
     assert [line["event"] for line in logs] == ["server connected", "server lost"] * 2 + ["server connected"]
 
 
@@ -160,7 +183,7 @@ async def test_a_server_that_is_not_there_yet() -> None:
             for _ in range(2):
                 await follower.waits.acquire()
             await server.start(server.address)
-            await server.request()
+            await server.opened()
     assert [line["event"] for line in logs] == ["server unreachable", "server connected"]
 
 
@@ -170,7 +193,7 @@ async def test_a_bad_resource_is_refused_and_the_good_one_beside_it_counts() -> 
     await server.start()
     with capture_logs() as logs:
         async with following(server) as follower:
-            await server.request()
+            await server.opened()
             for nonce in ("n1", "n2"):
                 server.send(response(nonce, resource("pool/default/bad", running=-1.0), resource()))
                 nack = await server.request()
@@ -178,9 +201,81 @@ async def test_a_bad_resource_is_refused_and_the_good_one_beside_it_counts() -> 
                 assert nack.error_detail.code == 3
                 assert nack.error_detail.message == "pool/default/bad: default/a: running is -1.0"
             assert list(follower.picker.read_at()) == [POOL]
+            server.send(config_response("n3", config(prefill_rate=nan)))
+            nack = await server.request()
+            assert (nack.type_url, nack.response_nonce) == (CONFIG, "n3")
+            assert nack.error_detail.message == f"{POOL}: prefill_rate is nan"
             server.responses.put_nowait(None)
-            assert dict((await server.request()).initial_resource_versions) == {POOL: "1"}
-    assert [line["event"] for line in logs].count("load report refused") == 1
+            assert dict((await server.opened()).initial_resource_versions) == {POOL: "1"}
+    events = [line["event"] for line in logs]
+    assert (events.count("load report refused"), events.count("pool config refused")) == (1, 1)
+
+
+async def test_settings_are_taken_and_taken_back() -> None:
+    """A pool's settings count from their response on; without them the defaults do."""
+    server = FakeServer()
+    await server.start()
+    async with following(server) as follower:
+        await server.opened()
+        server.send(response("n1", resource("other")))
+        await server.request()
+        for nonce, given, costs in (
+            ("n2", config(output_tokens=50.0, prefill_rate=7.0, request_cost=0.0), Costs(50.0, 7.0, 0.0)),
+            ("n3", config(request_cost=9.0), Costs(request_cost=9.0)),
+        ):
+            server.send(config_response(nonce, given))
+            assert await server.request() == DeltaDiscoveryRequest(type_url=CONFIG, response_nonce=nonce)
+            assert follower.picker.config(POOL) == PoolConfig(POOL, costs)
+        server.send(DeltaDiscoveryResponse(type_url=CONFIG, nonce="n4", removed_resources=[POOL]))
+        await server.request()
+        assert follower.picker.config(POOL) is None
+        assert list(follower.picker.read_at()) == ["other"]
+
+
+def test_models_arrive() -> None:
+    """Every rule with its targets, the objectives, and what saturates the pool; the defaults where nothing is said."""
+    wire_config = WirePoolConfig(
+        name=POOL,
+        unpicked=True,
+        models=[
+            ModelRule(name="m", targets=[Target(name="a", weight=9), Target(name="b", weight=1)]),
+            ModelRule(name="n", sheddable=True),
+            ModelRule(name="", critical=True),
+        ],
+        closed=True,
+        objectives=[Objective(name="low", priority=-1)],
+        saturation=Saturation(waiting=7.0),
+    )
+    made = wire.Any(type_url=CONFIG, value=wire_config.SerializeToString())
+    rules = {"m": Rule((("a", 9), ("b", 1))), "n": Rule(sheddable=True), "": Rule(critical=True)}
+    config = PoolConfig(POOL, picked=False, models=Models(rules, True, {"low": -1}, waiting=7.0))
+    assert decode(Resource(name=POOL, resource=made), CONFIG) == config
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"saturation": Saturation(waiting=0.0)},
+        {"saturation": Saturation(kv_usage=nan)},
+        {"models": [ModelRule(name="m", targets=[Target(name="a")])]},
+        {"models": [ModelRule(name="m", targets=[Target(weight=1)])]},
+    ],
+)
+def test_impossible_models_are_refused(bad: dict[str, Any]) -> None:
+    """No weight to share by, no name to ask for, nothing to compare a load with."""
+    made = wire.Any(type_url=CONFIG, value=WirePoolConfig(name=POOL, **bad).SerializeToString())
+    with pytest.raises(ValueError, match=POOL):
+        decode(Resource(name=POOL, resource=made), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"output_tokens": 0.0}, {"prefill_rate": -1.0}, {"prefill_rate": 0.0}, {"request_cost": inf}]
+)
+def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
+    """What would make every pod cost the same, or nothing comparable."""
+    made = wire.Any(type_url=CONFIG, value=config(**bad).SerializeToString())
+    with pytest.raises(ValueError, match=POOL):
+        decode(Resource(name=POOL, resource=made), CONFIG)
 
 
 async def test_bytes_that_are_no_response_end_the_stream_only() -> None:
@@ -188,9 +283,9 @@ async def test_bytes_that_are_no_response_end_the_stream_only() -> None:
     server = FakeServer()
     await server.start()
     async with following(server):
-        await server.request()
+        await server.opened()
         server.responses.put_nowait(b"\xff\xff\xff")
-        assert (await server.request()).node.id == "picker-1"
+        assert (await server.opened()).node.id == "picker-1"
 
 
 def test_another_type_is_refused() -> None:
@@ -198,7 +293,7 @@ def test_another_type_is_refused() -> None:
     outcome = Subscription("me").receive(DeltaDiscoveryResponse(type_url="other", nonce="n", resources=[b"\xff"]))
     assert outcome.request.type_url == "other"
     assert outcome.request.error_detail.message == "type other was not asked for"
-    assert (outcome.loads, outcome.removed) == ((), ())
+    assert (outcome.values, outcome.removed) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -216,7 +311,7 @@ def test_another_type_is_refused() -> None:
 def test_impossible_values_are_refused(bad: dict[str, Any]) -> None:
     """A NaN in a cost would make every comparison false; none gets in."""
     with pytest.raises(ValueError, match=POOL):
-        decode(resource(**bad))
+        decode(resource(**bad), LOAD)
 
 
 def test_a_report_that_is_not_what_it_says() -> None:
@@ -224,15 +319,15 @@ def test_a_report_that_is_not_what_it_says() -> None:
     whole = resource()
     twice = WirePoolLoad(name=POOL, endpoints=[EndpointLoad(hash_key="a"), EndpointLoad(hash_key="a")])
     for broken in (
-        Resource(name=POOL, resource=wire.Any(type_url=TYPE_URL, value=b"\xff")),
+        Resource(name=POOL, resource=wire.Any(type_url=LOAD, value=b"\xff")),
         Resource(name="other", resource=whole.resource),
-        Resource(resource=wire.Any(type_url=TYPE_URL)),
+        Resource(resource=wire.Any(type_url=LOAD)),
         Resource(name=POOL, resource=wire.Any(type_url="other", value=whole.resource.value)),
-        Resource(name=POOL, resource=wire.Any(type_url=TYPE_URL, value=twice.SerializeToString())),
+        Resource(name=POOL, resource=wire.Any(type_url=LOAD, value=twice.SerializeToString())),
     ):
         outcome = Subscription("me").receive(response("n", broken))
         assert outcome.refusal
-        assert outcome.loads == ()
+        assert outcome.values == ()
 
 
 def test_every_field_arrives() -> None:
@@ -246,8 +341,11 @@ def test_every_field_arrives() -> None:
         "kv_tokens": 2**64 - 1,
         "prefill_rate": 3.0,
         "start_time": 4.0,
+        "max_lora": 3,
+        "running_adapters": ("a", "b"),
+        "waiting_adapters": ("c",),
     }
-    assert decode(resource(**fields)) == PoolLoad(POOL, (PodLoad("default/a", **fields),))
+    assert decode(resource(**fields), LOAD) == PoolLoad(POOL, (PodLoad("default/a", **fields),))
 
 
 async def test_staleness_is_said_when_it_changes() -> None:

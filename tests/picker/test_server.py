@@ -14,12 +14,12 @@ from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
 from picker.metrics import PickerMetrics
-from picker.pick import Picker
-from picker.server import FILTER, HEALTH, PROCESS, AddressError, PickerServer, encode_answer
+from picker.pick import Pick, Picker, Reason
+from picker.server import FILTER, HEALTH, PROCESS, REQUEST, UNCHANGED, AddressError, PickerServer, encode_answer
 from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest
 
 POOL = "pool/default/qwen"
-UNPICKED = encode_answer(None)
+PICKED = encode_answer(Pick("default/a_0", Reason.COST))
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -60,9 +60,11 @@ async def serving(address: str = "127.0.0.1:0") -> AsyncIterator[Service]:
         await service.server.stop(0)
 
 
-def request(body: bytes, cluster_name: str = POOL) -> bytes:
+def request(body: bytes, cluster_name: str = POOL, **told: str) -> bytes:
     message = ProcessingRequest(request_body=HttpBody(body=body, end_of_stream=True))
     message.attributes[FILTER].update({"xds.cluster_name": cluster_name})
+    if told:
+        message.metadata_context.filter_metadata[REQUEST].update(told)
     return message.SerializeToString()
 
 
@@ -72,7 +74,7 @@ CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 
 async def test_one_message_each_way() -> None:
     """The answer addresses the pod, and the server ends the stream: nothing more is sent, nothing stays open."""
     async with serving() as service:
-        assert await service.ask(request(CHAT)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(CHAT)) == [PICKED]
         assert service.metric("picks_total", pool=POOL, reason="cost") == 1
         assert service.metric("pick_seconds_count") == 1
 
@@ -82,16 +84,27 @@ async def test_an_unknown_cluster_and_no_attributes_at_all() -> None:
     async with serving() as service:
         (keyed,) = await service.ask(request(CHAT, "made-up"))
         bare = ProcessingRequest(request_body=HttpBody(body=CHAT)).SerializeToString()
-        assert keyed not in (UNPICKED, encode_answer("default/a_0"))
+        assert keyed not in (UNCHANGED, PICKED)
         assert await service.ask(bare) == [keyed]
         assert service.metric("picks_total", pool="", reason="stateless") == 2
+
+
+async def test_the_session_header_is_a_hint() -> None:
+    """As Envoy's metadata says it: a prompt too short for a key of its own has the session's."""
+    async with serving() as service:
+        short = b'{"model":"m","prompt":"hi"}'
+        answers = [await service.ask(request(short, "other", **told)) for told in ({}, {"session": ""})]
+        assert answers == [[UNCHANGED]] * 2
+        first = await service.ask(request(short, "other", session="s1"))
+        assert first not in ([UNCHANGED], await service.ask(request(short, "other", session="s2")))
+        assert first == await service.ask(request(short, "other", session="s1", more="x"))
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"{}", b'{"messages":'])
 async def test_no_prompt_is_no_key(body: bytes) -> None:
     """Answered at once and without metadata: Envoy must not wait, and must not hash a constant."""
     async with serving() as service:
-        assert await service.ask(request(body)) == [UNPICKED]
+        assert await service.ask(request(body)) == [UNCHANGED]
         assert service.metric("picks_total", pool=POOL, reason="unreadable") == 1
 
 
@@ -100,22 +113,22 @@ async def test_what_is_no_request_fails_open_and_is_said_once() -> None:
     async with serving() as service:
         with capture_logs() as logs:
             for _ in range(3):
-                assert await service.ask(b"\xff\xff\xff") == [UNPICKED]
-                assert await service.ask(b"") == [UNPICKED]
+                assert await service.ask(b"\xff\xff\xff") == [UNCHANGED]
+                assert await service.ask(b"") == [UNCHANGED]
         assert service.metric("failures_total", kind="DecodeError") == 3
         assert service.metric("failures_total", kind="ValueError") == 3
         assert sorted((line["event"], line["kind"]) for line in logs) == [
             ("pick failed", "DecodeError"),
             ("pick failed", "ValueError"),
         ]
-        assert await service.ask(request(CHAT)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(CHAT)) == [PICKED]
 
 
 async def test_a_body_of_20_mb() -> None:
     """As large as Envoy may buffer; the picker still answers from its beginning."""
     async with serving() as service:
         big = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * (20 << 20)}]}).encode()
-        assert await service.ask(request(big)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(big)) == [PICKED]
 
 
 async def test_health() -> None:
@@ -130,7 +143,7 @@ async def test_health() -> None:
         assert not_found.value.code() is grpc.StatusCode.NOT_FOUND
         service.server.drain()
         assert await check(b"") == b"\x08\x02"
-        assert await service.ask(request(CHAT)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(CHAT)) == [PICKED]
 
 
 async def test_other_methods_are_unimplemented() -> None:
@@ -148,7 +161,7 @@ async def test_a_unix_socket_any_user_may_use(tmp_path: Path) -> None:
         dead.bind(str(path))
     async with serving(f"unix:{path}") as service:
         assert path.stat().st_mode & 0o777 == 0o666
-        assert await service.ask(request(CHAT)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(CHAT)) == [PICKED]
 
 
 async def test_an_address_in_use(tmp_path: Path) -> None:
@@ -161,7 +174,7 @@ async def test_an_address_in_use(tmp_path: Path) -> None:
     async with serving(unix) as service:
         with pytest.raises(AddressError, match=f"listen on {unix}: Address already in use"):
             await Service().server.start([unix])
-        assert await service.ask(request(CHAT)) == [encode_answer("default/a_0")]
+        assert await service.ask(request(CHAT)) == [PICKED]
     with pytest.raises(AddressError, match="No such file or directory"):
         await Service().server.start([f"unix:{tmp_path}/none/p.sock"])
 

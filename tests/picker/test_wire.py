@@ -1,9 +1,11 @@
 """picker/wire/ext_proc.proto: the subset says the same bytes as Envoy's full messages."""
 
+from envoy_data_plane.envoy.config.core.v3 import Metadata
 from envoy_data_plane.envoy.service.ext_proc import v3
 from envoy_data_plane.google.protobuf import Struct, Value
 
-from picker.server import FILTER, encode_answer
+from picker.pick import Pick, Reason
+from picker.server import FILTER, REQUEST, UNCHANGED, encode_answer
 from picker.wire.ext_proc_pb2 import ProcessingRequest, ProcessingResponse
 
 
@@ -11,6 +13,9 @@ def test_requests() -> None:
     """Envoy's request is read, fields we do not know included, and ours is read by the full message."""
     full = v3.ProcessingRequest(
         request_body=v3.HttpBody(body=b"{}", end_of_stream=True),
+        metadata_context=Metadata(
+            filter_metadata={REQUEST: Struct(fields={"session": Value(string_value="s1")})},
+        ),
         attributes={FILTER: Struct(fields={"xds.cluster_name": Value(string_value="pool/default/qwen")})},
         protocol_config=v3.ProtocolConfiguration(send_body_without_waiting_for_header_response=True),
     )
@@ -18,7 +23,10 @@ def test_requests() -> None:
     assert subset.request_body.body == b"{}"
     assert subset.request_body.end_of_stream
     assert subset.attributes[FILTER].fields["xds.cluster_name"].string_value == "pool/default/qwen"
-    ours = ProcessingRequest(request_body=subset.request_body, attributes=subset.attributes)
+    assert subset.metadata_context.filter_metadata[REQUEST].fields["session"].string_value == "s1"
+    ours = ProcessingRequest(
+        request_body=subset.request_body, metadata_context=subset.metadata_context, attributes=subset.attributes
+    )
     full.protocol_config = None
     assert ours.SerializeToString() == bytes(full)
     assert v3.ProcessingRequest.parse(ours.SerializeToString()) == full
@@ -40,7 +48,22 @@ def test_responses() -> None:
             fields={"picker": Value(struct_value=Struct(fields={"key": Value(string_value="default/a_0")}))}
         ),
     )
-    assert encode_answer("default/a_0") == bytes(full)
-    assert v3.ProcessingResponse.parse(encode_answer("default/a_0")) == full
-    assert encode_answer(None) == bytes(v3.ProcessingResponse(request_body=v3.BodyResponse())) == b"\x1a\x00"
+    assert encode_answer(Pick("default/a_0", Reason.COST)) == bytes(full)
+    assert v3.ProcessingResponse.parse(encode_answer(Pick("default/a_0", Reason.COST))) == full
+    assert UNCHANGED == bytes(v3.ProcessingResponse(request_body=v3.BodyResponse())) == b"\x1a\x00"
     assert ProcessingResponse.FromString(bytes(full)).SerializeToString() == bytes(full)
+
+
+def test_a_changed_body() -> None:
+    """The body, and that the name was looked at; a refusal changes no body."""
+    mutation = v3.BodyResponse(response=v3.CommonResponse(body_mutation=v3.BodyMutation(body=b"{}")))
+    told = Struct(fields={"picker": Value(struct_value=Struct(fields={"named": Value(bool_value=True)}))})
+    full = v3.ProcessingResponse(request_body=mutation, dynamic_metadata=told)
+    answer = encode_answer(Pick(None, Reason.UNPICKED, body=b"{}", named=True))
+    assert v3.ProcessingResponse.parse(answer) == full
+    assert v3.ProcessingResponse.parse(answer).to_dict() == full.to_dict()
+    refusal = v3.ProcessingResponse.parse(encode_answer(Pick(None, Reason.SHED, model="m" * 999, refused=429)))
+    assert refusal.to_dict() == {
+        "requestBody": {},
+        "dynamicMetadata": {"picker": {"refused": "429", "model": "m" * 256}},
+    }

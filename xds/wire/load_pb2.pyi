@@ -25,7 +25,7 @@ class InFlight(_message.Message):
     def __init__(self, age: _Optional[float] = ...) -> None: ...
 
 class EndpointLoad(_message.Message):
-    __slots__ = ("hash_key", "address", "age", "running", "waiting", "kv_usage", "kv_tokens", "prefill_rate", "start_time", "in_flight")
+    __slots__ = ("hash_key", "address", "age", "running", "waiting", "kv_usage", "kv_tokens", "prefill_rate", "start_time", "max_lora", "running_adapters", "waiting_adapters", "in_flight")
     HASH_KEY_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     AGE_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,9 @@ class EndpointLoad(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    MAX_LORA_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     hash_key: str
     address: str
@@ -45,5 +48,8 @@ class EndpointLoad(_message.Message):
     kv_tokens: int
     prefill_rate: float
     start_time: float
+    max_lora: int
+    running_adapters: _containers.RepeatedScalarFieldContainer[str]
+    waiting_adapters: _containers.RepeatedScalarFieldContainer[str]
     in_flight: int
-    def __init__(self, hash_key: _Optional[str] = ..., address: _Optional[str] = ..., age: _Optional[float] = ..., running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., start_time: _Optional[float] = ..., in_flight: _Optional[int] = ...) -> None: ...
+    def __init__(self, hash_key: _Optional[str] = ..., address: _Optional[str] = ..., age: _Optional[float] = ..., running: _Optional[float] = ..., waiting: _Optional[float] = ..., kv_usage: _Optional[float] = ..., kv_tokens: _Optional[int] = ..., prefill_rate: _Optional[float] = ..., start_time: _Optional[float] = ..., max_lora: _Optional[int] = ..., running_adapters: _Optional[_Iterable[str]] = ..., waiting_adapters: _Optional[_Iterable[str]] = ..., in_flight: _Optional[int] = ...) -> None: ...

@@ -24,24 +24,23 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from xds.wire import discovery_pb2 as xds_dot_wire_dot_discovery__pb2
-from xds.wire import endpoint_pb2 as xds_dot_wire_dot_endpoint__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19xds/wire/load_stats.proto\x12\x10vllm_xds.wire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18xds/wire/discovery.proto\x1a\x17xds/wire/endpoint.proto\"g\n\x15UpstreamEndpointStats\x12*\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0b\x32\x19.vllm_xds.wire.v1.Address\x12\"\n\x1atotal_requests_in_progress\x18\x03 \x01(\x04\"a\n\x15UpstreamLocalityStats\x12H\n\x17upstream_endpoint_stats\x18\x07 \x03(\x0b\x32\'.vllm_xds.wire.v1.UpstreamEndpointStats\"n\n\x0c\x43lusterStats\x12\x14\n\x0c\x63luster_name\x18\x01 \x01(\t\x12H\n\x17upstream_locality_stats\x18\x02 \x03(\x0b\x32\'.vllm_xds.wire.v1.UpstreamLocalityStats\"o\n\x10LoadStatsRequest\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.vllm_xds.wire.v1.Node\x12\x35\n\rcluster_stats\x18\x02 \x03(\x0b\x32\x1e.vllm_xds.wire.v1.ClusterStats\"\xa1\x01\n\x11LoadStatsResponse\x12\x10\n\x08\x63lusters\x18\x01 \x03(\t\x12:\n\x17load_reporting_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x1breport_endpoint_granularity\x18\x03 \x01(\x08\x12\x19\n\x11send_all_clusters\x18\x04 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19xds/wire/load_stats.proto\x12\x10vllm_xds.wire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18xds/wire/discovery.proto\"L\n\x15UpstreamEndpointStats\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\"\n\x1atotal_requests_in_progress\x18\x03 \x01(\x04\"a\n\x15UpstreamLocalityStats\x12H\n\x17upstream_endpoint_stats\x18\x07 \x03(\x0b\x32\'.vllm_xds.wire.v1.UpstreamEndpointStats\"n\n\x0c\x43lusterStats\x12\x14\n\x0c\x63luster_name\x18\x01 \x01(\t\x12H\n\x17upstream_locality_stats\x18\x02 \x03(\x0b\x32\'.vllm_xds.wire.v1.UpstreamLocalityStats\"o\n\x10LoadStatsRequest\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.vllm_xds.wire.v1.Node\x12\x35\n\rcluster_stats\x18\x02 \x03(\x0b\x32\x1e.vllm_xds.wire.v1.ClusterStats\"\xa1\x01\n\x11LoadStatsResponse\x12\x10\n\x08\x63lusters\x18\x01 \x03(\t\x12:\n\x17load_reporting_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x1breport_endpoint_granularity\x18\x03 \x01(\x08\x12\x19\n\x11send_all_clusters\x18\x04 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'xds.wire.load_stats_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPSTREAMENDPOINTSTATS']._serialized_start=130
-  _globals['_UPSTREAMENDPOINTSTATS']._serialized_end=233
-  _globals['_UPSTREAMLOCALITYSTATS']._serialized_start=235
-  _globals['_UPSTREAMLOCALITYSTATS']._serialized_end=332
-  _globals['_CLUSTERSTATS']._serialized_start=334
-  _globals['_CLUSTERSTATS']._serialized_end=444
-  _globals['_LOADSTATSREQUEST']._serialized_start=446
-  _globals['_LOADSTATSREQUEST']._serialized_end=557
-  _globals['_LOADSTATSRESPONSE']._serialized_start=560
-  _globals['_LOADSTATSRESPONSE']._serialized_end=721
+  _globals['_UPSTREAMENDPOINTSTATS']._serialized_start=105
+  _globals['_UPSTREAMENDPOINTSTATS']._serialized_end=181
+  _globals['_UPSTREAMLOCALITYSTATS']._serialized_start=183
+  _globals['_UPSTREAMLOCALITYSTATS']._serialized_end=280
+  _globals['_CLUSTERSTATS']._serialized_start=282
+  _globals['_CLUSTERSTATS']._serialized_end=392
+  _globals['_LOADSTATSREQUEST']._serialized_start=394
+  _globals['_LOADSTATSREQUEST']._serialized_end=505
+  _globals['_LOADSTATSRESPONSE']._serialized_start=508
+  _globals['_LOADSTATSRESPONSE']._serialized_end=669
 # @@protoc_insertion_point(module_scope)

@@ -2,7 +2,6 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from xds.wire import discovery_pb2 as _discovery_pb2
-from xds.wire import endpoint_pb2 as _endpoint_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -15,9 +14,9 @@ class UpstreamEndpointStats(_message.Message):
     __slots__ = ("address", "total_requests_in_progress")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_REQUESTS_IN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
-    address: _endpoint_pb2.Address
+    address: bytes
     total_requests_in_progress: int
-    def __init__(self, address: _Optional[_Union[_endpoint_pb2.Address, _Mapping]] = ..., total_requests_in_progress: _Optional[int] = ...) -> None: ...
+    def __init__(self, address: _Optional[bytes] = ..., total_requests_in_progress: _Optional[int] = ...) -> None: ...
 
 class UpstreamLocalityStats(_message.Message):
     __slots__ = ("upstream_endpoint_stats",)

@@ -33,7 +33,7 @@ def pages(control: Control, writer: StatusWriter | None = None) -> dict[str, Pag
 
     async def snapshot_page(query: Mapping[str, str]) -> object:
         if not query:
-            return describe(control) | {"statuses": _writing(writer)}
+            return describe(control) | _writing(writer)
         # In a thread: 1,000 routes take three seconds, and streams must not wait for that.
         async with one_at_a_time:
             return await asyncio.to_thread(decode, control.snapshot, query.get("type", ""), query.get("name", ""))
@@ -77,15 +77,17 @@ def describe(control: Control) -> dict[str, Any]:
     }
 
 
-def _writing(writer: StatusWriter | None) -> dict[str, Any] | None:
-    """Whether this replica writes the statuses of Kubernetes objects; None: it was not asked to."""
+def _writing(writer: StatusWriter | None) -> dict[str, Any]:
+    """Whether this replica writes the statuses of Kubernetes objects, where it was asked to."""
     if writer is None:
-        return None
+        return {}
     return {
-        "lease": "/".join(writer.options.lease),
-        "identity": writer.options.identity,
-        "holder": writer.elector.holder,
-        "writes": writer.leads,
+        "statuses": {
+            "lease": "/".join(writer.options.lease),
+            "identity": writer.options.identity,
+            "holder": writer.elector.holder,
+            "writes": writer.leads,
+        }
     }
 
 

@@ -239,7 +239,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
                 await server.stop(STOP_GRACE)
 
 
-def _writer_options(args: argparse.Namespace) -> WriterOptions | None:
+def writer_options(args: argparse.Namespace) -> WriterOptions | None:
     """What to write to the API server; None: nothing."""
     namespace = own_namespace()
     lease = args.lease or (f"{namespace}/{LEASE_NAME}" if namespace else "")
@@ -265,7 +265,7 @@ async def _source(
     if not args.kubernetes:
         yield DirectorySource(args.config), None
         return
-    options = _writer_options(args)
+    options = writer_options(args)
     async with aclosing(await connect(args.kubeconfig or "", args.context or "")) as client:
         if options is None:
             yield KubernetesSource(client, metrics, args.namespace or ()), None

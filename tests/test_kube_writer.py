@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.apiserver import FakeApiServer
-from tests.apiserver_store import ApiError
+from tests.apiserver_store import ApiError, Resource
 from tests.following import BOUND, eventually
 from xds import kube, kube_writer, lease, reflector, write_queue
 from xds.kube import KubernetesSource
@@ -300,6 +300,37 @@ async def test_addresses_follow_the_service(api: FakeApiServer, kubeconfig: Path
             await eventually(lambda ip=ip: addresses() == ["10.0.0.1", ip])  # type: ignore[misc]
         await one.settled()
         assert one.writes("written", ["Gateway"]) == 3
+
+
+async def test_the_version_of_the_crds_is_followed(
+    api: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what their annotation says; without the right to read it there is no such condition."""
+    monkeypatch.setattr(kube_writer, "LOOK", 0.05)
+    put(api, gateway_class())
+
+    def says() -> tuple[str, str] | None:
+        return said(get(api, "GatewayClass", "c").get("status", {}).get("conditions", ())).get("SupportedVersion")
+
+    kind = "CustomResourceDefinition"
+    definitions = Resource("apiextensions.k8s.io", ("v1",), kind, "customresourcedefinitions", namespaced=False)
+    async with replica(kubeconfig) as one:
+        await one.settled()
+        assert says() is None
+        api.store.install(definitions)
+        for annotations, status in (
+            ({"gateway.networking.k8s.io/bundle-version": "v1.6.1"}, ("True", "SupportedVersion")),
+            ({}, ("False", "UnsupportedVersion")),
+            ({"gateway.networking.k8s.io/bundle-version": "v0.0.0"}, ("False", "UnsupportedVersion")),
+            ({"gateway.networking.k8s.io/bundle-version": "v1.2.0"}, ("True", "SupportedVersion")),
+        ):
+            about = {"name": "gatewayclasses.gateway.networking.k8s.io", "annotations": annotations}
+            head = {"apiVersion": "apiextensions.k8s.io/v1", "kind": kind}
+            api.store.put(head | {"metadata": about})
+            await eventually(lambda status=status: says() == status)  # type: ignore[misc]
+        api.forbidden.add(("get", "customresourcedefinitions"))
+        await eventually(lambda: api.requests.count("get customresourcedefinitions") >= 6)
+        assert says() == ("True", "SupportedVersion")
 
 
 async def test_many_changes_are_no_storm(api: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch) -> None:

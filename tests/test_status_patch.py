@@ -136,6 +136,31 @@ def test_class() -> None:
     assert found == {"conditions": [said(since=NOW)], "supportedFeatures": [{"name": "A"}, {"name": "B"}]}
 
 
+@pytest.mark.parametrize(
+    ("bundle", "status", "reason"),
+    [
+        ("v1.0.0", "True", "SupportedVersion"),
+        ("v1.6.1", "True", "SupportedVersion"),
+        ("v1.6.0-rc.1", "True", "SupportedVersion"),
+        ("v1.7.0", "False", "UnsupportedVersion"),
+        ("v0.8.1", "False", "UnsupportedVersion"),
+        ("v2.0.0", "False", "UnsupportedVersion"),
+        ("", "False", "UnsupportedVersion"),
+        ("x" * 1000, "False", "UnsupportedVersion"),
+    ],
+)
+def test_the_version_of_the_crds(bundle: str, status: str, reason: str) -> None:
+    """A class says whether it is known; where it is not to be found out, what the class says of it stays."""
+    wanted = Status(CLASS, 1, (condition(),))
+    found = written(CLASS, wanted, live({"conditions": [said()]}), bundle=bundle)
+    assert found is not None
+    one = found["conditions"][1]
+    assert (one["type"], one["status"], one["reason"]) == ("SupportedVersion", status, reason)
+    assert len(one["message"]) < 200
+    assert written(CLASS, wanted, live({"conditions": [said()]})) is None
+    assert written(CLASS, wanted, live({"conditions": [said(), one]})) is None
+
+
 PROGRAMMED = condition(ConditionType.PROGRAMMED, reason="Programmed")
 INVALID = condition(ConditionType.PROGRAMMED, "False", "Invalid")
 

@@ -1,6 +1,6 @@
 """What the statuses of our objects say: conditions with the reasons of Gateway API and the inference extension (pure).
 
-    Findings, Attachments ─▶ GatewayClass   Accepted
+    Findings, Attachments ─▶ GatewayClass   Accepted, SupportedVersion
                              Gateway        Accepted, Programmed; of each listener Accepted, Conflicted, ResolvedRefs,
                                             Programmed, and OverlappingTLSConfig where it is so
                              HTTPRoute      of each parentRef that is ours Accepted, ResolvedRefs, and PartiallyInvalid
@@ -11,7 +11,8 @@
 - Nothing is decided here that xds/attach.py, xds/backends.py or a parser has decided: one finding is a Rejection in the
   log and a condition in the status.
 - An object whose newest version is refused is Accepted=False at that version's generation, whatever is served of it.
-- A Gateway is Programmed when one of its listeners is; that it has an address is for xds/status_patch.py to say.
+- A Gateway is Programmed when one of its listeners is; whether it has an address, and which version the CRDs have, is
+  for xds/status_patch.py to say.
 
 Reasons: kubernetes-sigs/gateway-api v1.6.1 (apis/v1), gateway-api-inference-extension v1.6.0 and v0.5.1.
 """
@@ -52,6 +53,7 @@ from xds.models import POOL_GROUPS
 # docs/conformance.md has the tests behind each.
 FEATURES = (
     "Gateway",
+    "GatewayAddressEmpty",
     "GatewayHTTPListenerIsolation",
     "GatewayHTTPSListenerDetectMisdirectedRequests",
     "GatewayPort8080",

@@ -41,7 +41,13 @@ EVENT_SPACING = 0.1  # seconds between two Events
 EVENT_DELAY = 5.0  # seconds before the next attempt, when nobody answers
 CONTESTED = 3  # times in a row that somebody else undoes what was written, before it is worth a line
 
+LOOK = 15.0  # seconds between two looks at the version of Gateway API's CRDs
+
+CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/gatewayclasses.gateway.networking.k8s.io"
+BUNDLE = "gateway.networking.k8s.io/bundle-version"
 LEASES = Served("coordination.k8s.io", "v1", "Lease", "leases", namespaced=True)
+
+_Said = tuple[Status | None, Sequence[Address], str | None]  # with the addresses and the CRDs' version of then
 
 log = structlog.get_logger()
 
@@ -84,7 +90,8 @@ class StatusWriter:
         self._queue = WriteQueue(jitter, clock())
         self._wanted: dict[ObjectRef, Status] = {}
         self._judged = False  # `follow` was called: before that nothing is known to be wanted, or not to be
-        self._said: dict[ObjectRef, tuple[Status | None, Sequence[Address]]] = {}  # what was written last
+        self._bundle: str | None = None  # the version of Gateway API's CRDs, "" for none, None: not known
+        self._said: dict[ObjectRef, _Said] = {}  # what was written last
         # By the version that was patched, the object as the answer has it: until the source has told of a newer one.
         self._ahead: dict[ObjectRef, tuple[str, Live]] = {}
         self._rejections: dict[Rejection, None] = {}
@@ -148,6 +155,7 @@ class StatusWriter:
                 group.create_task(self._elect(), name="lease")
                 group.create_task(self._write_statuses(), name="statuses")
                 group.create_task(self._write_events(), name="events")
+                group.create_task(self._follow_bundle(), name="version")
         finally:
             await self._release()
 
@@ -266,12 +274,14 @@ class StatusWriter:
             f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             controllers=frozenset(self.options.controllers),
             addresses=addresses,
+            bundle=self._bundle,
             is_others=self._is_others,
         )
         if body is None:
             queue.unchanged(ref, self._clock())
             return
-        undone = self._said.get(ref) == (status, addresses)
+        said = status, addresses, self._bundle
+        undone = self._said.get(ref) == said
         queue.sending(self._clock())
         answer = await self._send("PATCH", f"{live.path}/status", body, MERGE)
         now = self._clock()
@@ -281,7 +291,7 @@ class StatusWriter:
         self._count(ref, "written")
         for subject in _subjects(ref):
             self._tell_trouble("statuses", None, subject)
-        self._said[ref] = status, addresses
+        self._said[ref] = said
         if newer := _read_answer(answer, live):
             self._ahead[ref] = live.version, newer
         queue.written(ref, now, undone=undone)
@@ -327,6 +337,23 @@ class StatusWriter:
 
     def _count(self, ref: ObjectRef, result: str) -> None:
         self._metrics.status_writes.labels(ref.kind, result).inc()
+
+    async def _follow_bundle(self) -> None:
+        """Who may not read CRDs says nothing of their version."""
+        while True:
+            answer = await self._client.get(CRD, {}, ANSWER)
+            match answer:
+                case {"metadata": {"annotations": {**annotations}}}:
+                    bundle = annotations.get(BUNDLE)
+                    found: str | None = bundle if isinstance(bundle, str) else ""
+                case Failure():
+                    found = self._bundle
+                case _:
+                    found = ""
+            if found != self._bundle:
+                self._bundle = found
+                self._add(ref for ref in self._wanted if ref.kind == "GatewayClass")
+            await asyncio.sleep(LOOK)
 
     # --- Events ---
 

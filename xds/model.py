@@ -78,6 +78,7 @@ class ConditionType(StrEnum):
     PARTIALLY_INVALID = "PartiallyInvalid"
     OVERLAPPING_TLS = "OverlappingTLSConfig"
     READY = "Ready"
+    SUPPORTED_VERSION = "SupportedVersion"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ https://gateway-api.sigs.k8s.io/guides/implementers/#conditions
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
@@ -36,6 +37,8 @@ from xds.model import (
 MAX_MESSAGE = 2048  # characters: the API lets it have 32768, and an Envoy's refusal may quote a whole resource
 MAX_PARENTS = 32  # entries of status.parents
 MAX_ADDRESSES = 16  # of a Gateway
+NEWEST_MINOR = 6  # of Gateway API v1, whose schemas the parsers follow
+_BUNDLE = re.compile(r"v1\.([0-9]{1,3})\.[0-9]")
 UNKNOWN_TIME = "1970-01-01T00:00:00Z"
 
 Address = tuple[str, str]  # IPAddress or Hostname, and the value
@@ -135,12 +138,14 @@ def patch(
     *,
     controllers: frozenset[str],
     addresses: Sequence[Address] = (),
+    bundle: str | None = None,
     is_others: Callable[[ObjectRef], bool] = lambda _: False,
 ) -> Json | None:
     """The merge patch for the status of `ref`; `status` None: nothing of ours has any place in it.
 
-    `now` is an RFC 3339 time with seconds, `addresses` those of the Envoys. `is_others` says of a Gateway that it is
-    another controller's: the entries of v1alpha2 do not say whose they are.
+    `now` is an RFC 3339 time with seconds, `addresses` those of the Envoys, `bundle` the version of Gateway API's CRDs,
+    "" for none and None for unknown. `is_others` says of a Gateway that it is another controller's: the entries of
+    v1alpha2 do not say whose they are.
     """
     if status is not None and status.generation < live.generation:
         return None
@@ -152,11 +157,10 @@ def patch(
             wanted = _parents(status, live.status, key, controllers, now, ref.namespace, is_others)
         case (_, "Gateway") if status is not None:
             wanted = _gateway(status, live.status, addresses, now)
+        case (_, "GatewayClass") if status is not None:
+            wanted = _class(status, live.status, bundle, now)
         case _ if status is not None:
-            own = _IN_CLASS if ref.kind == "GatewayClass" else _IN_MODEL
-            wanted = {"conditions": _conditions(status.conditions, live.status.get("conditions"), own, now)}
-            if status.features:
-                wanted["supportedFeatures"] = [{"name": name} for name in status.features]
+            wanted = {"conditions": _conditions(status.conditions, live.status.get("conditions"), _IN_MODEL, now)}
         case _:
             return None
     changed = {key: value for key, value in wanted.items() if live.status.get(key, []) != value}
@@ -193,7 +197,28 @@ def _condition(wanted: Condition, live: Mapping[str, object], now: str) -> Json:
     }
 
 
-# --- Gateways ---------------------------------------------------------------------------------------------------------
+# --- GatewayClasses and Gateways --------------------------------------------------------------------------------------
+
+
+def _class(status: Status, live: Mapping[str, object], bundle: str | None, now: str) -> Json:
+    conditions, own = status.conditions, _IN_CLASS
+    if bundle is not None:  # else what the class says of it, if anything, is of one who knew
+        conditions, own = (*conditions, _version(bundle, status.generation)), own | {ConditionType.SUPPORTED_VERSION}
+    return {
+        "conditions": _conditions(conditions, live.get("conditions"), own, now),
+        "supportedFeatures": [{"name": name} for name in status.features],
+    }
+
+
+def _version(bundle: str, generation: int) -> Condition:
+    """Whether the CRDs are of a release whose schemas are known here; of another, what is known is read."""
+    kind = ConditionType.SUPPORTED_VERSION
+    known = f"v1.0 to v1.{NEWEST_MINOR}"
+    found = _BUNDLE.match(bundle)
+    if found and int(found[1]) <= NEWEST_MINOR:
+        return Condition(kind, "True", "SupportedVersion", f"{bundle}, of {known}", generation)
+    message = f"the CRDs of Gateway API are of version {bundle[:64] or 'unknown'}, known are those of {known}"
+    return Condition(kind, "False", "UnsupportedVersion", message, generation)
 
 
 def _gateway(status: Status, live: Mapping[str, object], addresses: Sequence[Address], now: str) -> Json:

@@ -52,8 +52,9 @@ are those of the first there is: --kubeconfig, $KUBECONFIG, the pod's ServiceAcc
 away changes nothing.
 
 In a cluster the objects' statuses are written, by the replica that holds a Lease: the user also needs `patch` on
-gatewayclasses/status, gateways/status, httproutes/status, inferencepools/status and inferencemodels/status, `get`,
-`create` and `patch` on leases, and `create` on events of events.k8s.io.
+gatewayclasses/status, gateways/status, httproutes/status, inferencepools/status, inferencemodels/status,
+inferencemodelrewrites/status and inferenceobjectives/status, `get`, `create` and `patch` on leases, `create` on events of
+events.k8s.io, and may `get` the CustomResourceDefinition gatewayclasses.gateway.networking.k8s.io.
 To try it:  vllm-xds serve --kubernetes --log-format console
 """
 

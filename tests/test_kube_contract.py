@@ -261,7 +261,7 @@ async def test_the_lease_goes_from_one_to_the_other(cluster: Cluster, monkeypatc
         options = WriterOptions((cluster.namespace, "l"), name, ("example.com/x",))
         writer = StatusWriter(cluster.client, {}, options, Metrics())
         task = asyncio.create_task(writer.run())
-        await eventually(lambda writer=writer: writer.leads)  # type: ignore[misc]
+        await eventually(lambda writer=writer: writer.lease.leads())  # type: ignore[misc]
         spec = (await cluster.write("GET", path))["spec"]
         assert spec["holderIdentity"] == name
         transitions.append(spec["leaseTransitions"])
@@ -312,7 +312,7 @@ async def test_statuses_of_gateway_api(cluster: Cluster) -> None:
             await _until(cluster, gateway, lambda now: now["listeners"][1]["attachedRoutes"] == 1, "status")
             route = cluster.path("httproutes", GATEWAY, name="x")
             await _until(cluster, route, lambda now: len(now["parents"][0]["conditions"]) == 2, "status")
-            await eventually(lambda: not len(writer._queue))
+            await eventually(lambda: not writer.pending)
             for ref, status in writer._wanted.items():  # as the server keeps it, it is what is wanted
                 plural = {"GatewayClass": "gatewayclasses", "Gateway": "gateways", "HTTPRoute": "httproutes"}[ref.kind]
                 served = Served(GATEWAY, "v1", ref.kind, plural, namespaced=ref.kind != "GatewayClass")

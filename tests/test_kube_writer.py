@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from tests.apiserver import FakeApiServer
 from tests.apiserver_store import ApiError, Resource
 from tests.following import BOUND, eventually
-from xds import kube, kube_writer, lease, reflector, write_queue
+from xds import kube, kube_lease, kube_writer, lease, reflector, write_queue
 from xds.kube import KubernetesSource
 from xds.kube_client import connect
 from xds.kube_writer import Options, StatusWriter, observes
@@ -97,7 +97,7 @@ class Replica:
 
     async def settled(self) -> None:
         """It is the holder, and has looked at everything."""
-        await eventually(lambda: self.writer.leads and self.configs and not len(self.writer._queue))
+        await eventually(lambda: self.writer.lease.leads() and self.configs and not self.writer.pending)
 
 
 @asynccontextmanager
@@ -543,11 +543,11 @@ async def test_a_lease_that_is_given_back_is_taken_at_once(api: FakeApiServer, k
     put(api, *WHOLE)
     async with replica(kubeconfig, "b") as two:
         async with replica(kubeconfig, "a") as one:
-            await eventually(lambda: one.writer.leads or two.writer.leads)
-            first, second = (one, two) if one.writer.leads else (two, one)
+            await eventually(lambda: one.writer.lease.leads() or two.writer.lease.leads())
+            first, second = (one, two) if one.writer.lease.leads() else (two, one)
             await first.settled()
             await eventually(lambda: second.configs)
-            assert not second.writer.leads
+            assert not second.writer.lease.leads()
             assert second.writes() == 0
             if first is two:
                 return
@@ -573,7 +573,7 @@ async def test_without_the_lease_nothing_is_written(api: FakeApiServer, kubeconf
     assert told == [("write failed", "Forbidden"), ("write recovered", "Forbidden")]
 
 
-SHORT = ((lease, "DURATION", 2), (lease, "TENURE", 1.2), (lease, "ANSWER", 0.4), (kube_writer, "ANSWER", 0.4))
+SHORT = ((lease, "DURATION", 2), (lease, "TENURE", 1.2), (lease, "ANSWER", 0.4), (kube_lease, "ANSWER", 0.4))
 
 
 class Thread:
@@ -606,7 +606,7 @@ class Thread:
 
     @property
     def leads(self) -> bool:
-        return bool(self.replica and self.replica.writer.leads)
+        return bool(self.replica and self.replica.writer.lease.leads())
 
 
 async def test_a_holder_that_stands_still_has_lost(
@@ -630,7 +630,7 @@ async def test_a_holder_that_stands_still_has_lost(
                 put(api, route("r", "gw"))
                 on.set()
                 await eventually(lambda: parents(api) == {"gw": GOOD})
-                await eventually(lambda: first.replica and first.replica.writer.elector.holder == "b")
+                await eventually(lambda: first.replica and first.replica.writer.lease.holder == "b")
                 assert first.writes == written
                 assert holder(api) == "b"
         finally:
@@ -644,21 +644,21 @@ async def test_a_holder_without_an_answer_stops_before_another_begins(
     set_quick(monkeypatch, *SHORT, (write_queue, "PACE", 0.0))
     put(api, *WHOLE)
     async with replica(kubeconfig, "a") as one, replica(kubeconfig, "b") as two:
-        await eventually(lambda: one.writer.leads or two.writer.leads)
+        await eventually(lambda: one.writer.lease.leads() or two.writer.lease.leads())
         both = []
 
         async def watch() -> None:
             while True:
-                both.append((one.writer.leads, two.writer.leads))
+                both.append((one.writer.lease.leads(), two.writer.lease.leads()))
                 await asyncio.sleep(0.005)
 
         watching = asyncio.ensure_future(watch())
         for _ in range(2):
             api.hang()
-            await eventually(lambda: not one.writer.leads and not two.writer.leads)
+            await eventually(lambda: not one.writer.lease.leads() and not two.writer.lease.leads())
             api.drop()
             api.resume()
-            await eventually(lambda: one.writer.leads or two.writer.leads)
+            await eventually(lambda: one.writer.lease.leads() or two.writer.lease.leads())
         watching.cancel()
         assert (True, True) not in both
         put(api, route("r", "x"), gateway("x", 81))

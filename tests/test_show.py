@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from tests.test_debug import LOAD, REJECTION, WARNING, A, Running, objects, runn
 from xds import debug, show
 from xds.__main__ import main
 from xds.kube_client import Client
+from xds.kube_lease import clock
 from xds.kube_writer import Options as WriterOptions
 from xds.kube_writer import StatusWriter
 from xds.lease import Record, Write
@@ -116,12 +116,12 @@ async def test_who_writes_statuses_is_shown(running: Running, holder: str, line:
     client = Client(Configuration(host="http://127.0.0.1:1"))
     writer = StatusWriter(client, {}, WriterOptions(("ns", "l"), "me", ("a.io/b",)), Metrics())
     if holder == "me":
-        writer.elector.found(None, 0.0)
-        step = writer.elector.next(time.monotonic(), datetime.now(UTC))
+        writer.lease._elector.found(None, 0.0)
+        step = writer.lease._elector.next(clock(), datetime.now(UTC))
         assert isinstance(step, Write)
-        writer.elector.written(Record("1", step.spec), time.monotonic())
+        writer.lease._elector.written(Record("1", step.spec), clock())
     else:
-        writer.elector.found(Record("1", {"holderIdentity": holder}), time.monotonic())
+        writer.lease._elector.found(Record("1", {"holderIdentity": holder}), clock())
     pages = debug.pages(running.control, writer)
     async with serve_status("127.0.0.1", 0, Metrics().registry, lambda: True, pages) as port:
         _, lines = await status(f"127.0.0.1:{port}")

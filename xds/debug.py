@@ -83,10 +83,10 @@ def _writing(writer: StatusWriter | None) -> dict[str, Any]:
         return {}
     return {
         "statuses": {
-            "lease": "/".join(writer.options.lease),
-            "identity": writer.options.identity,
-            "holder": writer.elector.holder,
-            "writes": writer.leads,
+            "lease": writer.lease.name,
+            "identity": writer.lease.identity,
+            "holder": writer.lease.holder,
+            "writes": writer.lease.leads(),
         }
     }
 

@@ -1,9 +1,9 @@
-"""What is written to an API server: the Lease, and by its holder the statuses of our objects and Events.
+"""What is written to an API server by the holder of its Lease: the statuses of our objects, and Events.
 
     control ── statuses, rejections ──▶ wanted ─┐
     source ── objects as they are ────▶ live ───┴─▶ WriteQueue ─▶ patch ─▶ PATCH .../status
                                                         ▲           Events ─▶ POST
-    Elector ─▶ the Lease ──── while it is ours ─────────┘
+    LeaseHolder ── while it is ours ────────────────────┘
 
 - Level, not edge: what is written follows from what is wanted and what is there, whoever changed which. A new holder
   looks at every object once, and writes nothing where all is said.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from datetime import UTC, datetime
 
 import structlog
 
-from xds.api_wire import Failure, Served
+from xds.api_wire import Failure
 from xds.events import event
 from xds.kube_client import MERGE, Client
-from xds.lease import ANSWER, Elector, Read, Wait, Write, read_record
+from xds.kube_lease import LeaseHolder, Troubles, clock
 from xds.metrics import Metrics
 from xds.model import GATEWAY, ObjectRef, Rejection, Status
 from xds.status_patch import REPORTING, Address, Live, patch
@@ -35,17 +34,15 @@ from xds.write_queue import WriteQueue, is_about_all
 WRITERS = 4  # statuses written at the same time
 WRITE = 5.0  # seconds for one answer
 LEAST = 0.2  # seconds of this replica's time that are worth beginning a write for
-RELEASE = 2.0  # seconds to give the Lease back at the end: without it the next holder waits for its duration
 MAX_EVENTS = 1000  # rejections that wait to be told: a thousand at once are a mistake somebody knows of
 EVENT_SPACING = 0.1  # seconds between two Events
 EVENT_DELAY = 5.0  # seconds before the next attempt, when nobody answers
 CONTESTED = 3  # times in a row that somebody else undoes what was written, before it is worth a line
-
 LOOK = 15.0  # seconds between two looks at the version of Gateway API's CRDs
+LOOK_TIMEOUT = 3.0  # seconds for one answer of these
 
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/gatewayclasses.gateway.networking.k8s.io"
 BUNDLE = "gateway.networking.k8s.io/bundle-version"
-LEASES = Served("coordination.k8s.io", "v1", "Lease", "leases", namespaced=True)
 
 _Said = tuple[Status | None, Sequence[Address], str | None]  # with the addresses and the CRDs' version of then
 
@@ -77,15 +74,16 @@ class StatusWriter:
         live: Mapping[ObjectRef, Live],
         options: Options,
         metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.options = options
-        self.elector = Elector(options.identity, jitter, clock())
+        self._troubles = Troubles()
+        self.lease = LeaseHolder(
+            *(client, options.lease, options.identity, metrics, self._troubles), self._lease_changed, jitter
+        )
         self._client = client
         self._live = live
+        self._options = options
         self._metrics = metrics
-        self._clock = clock
         self._jitter = jitter
         self._queue = WriteQueue(jitter, clock())
         self._wanted: dict[ObjectRef, Status] = {}
@@ -96,19 +94,15 @@ class StatusWriter:
         self._ahead: dict[ObjectRef, tuple[str, Live]] = {}
         self._rejections: dict[Rejection, None] = {}
         self._events: deque[Rejection] = deque(maxlen=MAX_EVENTS)
+        self._leading = False  # this term's queue is there
         self._news = asyncio.Event()  # something to write
         self._told = asyncio.Event()  # an Event to write
-        self._leading = False  # and said so
-        self._trouble: dict[tuple[str, str], str] = {}  # what is being waited out, and of whom -> its reason
-        namespace, name = options.lease
-        self._lease_path = f"{LEASES.path(namespace)}/{name}"
-        metrics.status_pending.set_function(lambda: len(self._queue) if self.leads else 0)
-        metrics.leader.set_function(lambda: self.leads)
+        metrics.status_pending.set_function(lambda: self.pending)
 
     @property
-    def leads(self) -> bool:
-        """Whether this replica may write."""
-        return self.elector.leads(self._clock())
+    def pending(self) -> int:
+        """How many objects are to be looked at by this replica."""
+        return len(self._queue) if self._leading else 0
 
     # --- what is to be said ---
 
@@ -124,20 +118,20 @@ class StatusWriter:
 
     def observed(self, ref: ObjectRef) -> None:
         """The object has come, changed or gone."""
-        if ref == self.options.service:
+        if ref == self._options.service:
             self._add(each for each in self._wanted if each.kind == "Gateway")
         elif ref in self._live:
             self._add([ref])
         else:
             self._said.pop(ref, None)
             self._ahead.pop(ref, None)
-            self._trouble.pop(("statuses", str(ref)), None)
+            self._troubles.forget("statuses", str(ref))
             self._queue.forget(ref)
 
     def _add(self, refs: Iterable[ObjectRef]) -> None:
         if self._leading:
             for ref in refs:
-                self._queue.add(ref, self._clock())
+                self._queue.add(ref, clock())
             self._news.set()
 
     def _tell(self, rejections: Iterable[Rejection]) -> None:
@@ -152,83 +146,24 @@ class StatusWriter:
         """Until cancelled; then the Lease is given back."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._elect(), name="lease")
+                group.create_task(self.lease.run(), name="lease")
                 group.create_task(self._write_statuses(), name="statuses")
                 group.create_task(self._write_events(), name="events")
                 group.create_task(self._follow_bundle(), name="version")
         finally:
-            await self._release()
+            await self.lease.release()
 
-    async def _elect(self) -> None:
-        while True:
-            step = self.elector.next(self._clock(), datetime.now(UTC))
-            match step:
-                case Wait(seconds):
-                    await asyncio.sleep(seconds)
-                case Read():
-                    self._take(await self._client.get(self._lease_path, {}, ANSWER), step)
-                case Write():
-                    self._take(await self._send_lease(step, ANSWER), step)
-            self._report_leadership()
-
-    async def _send_lease(self, step: Write, within: float) -> object | Failure:
-        """A patch leaves its labels and annotations as they are; it is for the version that was read, as a PUT is."""
-        namespace, name = self.options.lease
-        body: dict[str, object] = {"metadata": {"resourceVersion": step.version}, "spec": step.spec}
-        if step.version:
-            return await self._client.send("PATCH", self._lease_path, body, within, MERGE)
-        body |= {"apiVersion": LEASES.api_version, "kind": LEASES.kind}
-        body["metadata"] = {"name": name, "namespace": namespace}
-        return await self._client.send("POST", LEASES.path(namespace), body, within)
-
-    def _take(self, answer: object | Failure, step: Read | Write) -> None:
-        now = self._clock()
-        if isinstance(step, Read) and isinstance(answer, Failure) and answer.status == 404:
-            self._tell_trouble("lease", None)
-            self.elector.found(None, now)
-            return
-        record = answer if isinstance(answer, Failure) else read_record(answer)
-        if isinstance(record, Failure):
-            if record.status != 409:  # another was faster
-                self._tell_trouble("lease", record)
-            self.elector.failed(now, record.retry_after)
-            return
-        self._tell_trouble("lease", None)
-        if isinstance(step, Read):
-            self.elector.found(record, now)
-        else:
-            self.elector.written(record, now)
-
-    async def _release(self) -> None:
-        """When nothing of ours is being written any more."""
-        step = self.elector.release(datetime.now(UTC))
-        self._leading = False
-        if step is not None:
-            answer = await self._send_lease(step, RELEASE)
-            log.info("leadership released", lease=self._lease_name, answered=not isinstance(answer, Failure))
-            self._metrics.leader_changes.labels("released").inc()
-
-    @property
-    def _lease_name(self) -> str:
-        return "/".join(self.options.lease)
-
-    def _report_leadership(self) -> None:
-        leads = self.leads
-        self._news.set()  # there is time again, or none
-        self._told.set()
-        if leads == self._leading:
-            return
-        self._leading = leads
-        if leads:
-            log.info("leadership acquired", lease=self._lease_name, identity=self.options.identity)
-            self._metrics.leader_changes.labels("acquired").inc()
-            self._queue = WriteQueue(self._jitter, self._clock())
+    def _lease_changed(self, leads: bool) -> None:
+        if leads and not self._leading:
+            self._leading = True
+            self._queue = WriteQueue(self._jitter, clock())
             self._add([*self._live])
             self._tell(self._rejections)
-        else:
-            log.warning("leadership lost", lease=self._lease_name, holder=self.elector.holder)
-            self._metrics.leader_changes.labels("lost").inc()
+        elif not leads:
+            self._leading = False
             self._events.clear()
+        self._news.set()  # there is time again, or none
+        self._told.set()
 
     # --- statuses ---
 
@@ -244,8 +179,8 @@ class StatusWriter:
         """The next object to look at, while this replica has the time to write; and the queue that has to be told."""
         while True:
             self._news.clear()
-            now = self._clock()
-            found = self._queue.next(now) if self._judged and self.elector.leads(now + LEAST) else None
+            now = clock()
+            found = self._queue.next(now) if self._judged and self.lease.leads(LEAST) else None
             if isinstance(found, ObjectRef):
                 return self._queue, found
             try:
@@ -264,7 +199,7 @@ class StatusWriter:
     async def _write(self, queue: WriteQueue, ref: ObjectRef) -> None:
         live = self._newest(ref)
         if live is None:
-            queue.gone(ref, self._clock())
+            queue.gone(ref, clock())
             return
         status, addresses = self._wanted.get(ref), self._addresses()
         body = patch(
@@ -272,25 +207,25 @@ class StatusWriter:
             status,
             live,
             f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            controllers=frozenset(self.options.controllers),
+            controllers=frozenset(self._options.controllers),
             addresses=addresses,
             bundle=self._bundle,
             is_others=self._is_others,
         )
         if body is None:
-            queue.unchanged(ref, self._clock())
+            queue.unchanged(ref, clock())
             return
         said = status, addresses, self._bundle
         undone = self._said.get(ref) == said
-        queue.sending(self._clock())
+        queue.sending(clock())
         answer = await self._send("PATCH", f"{live.path}/status", body, MERGE)
-        now = self._clock()
+        now = clock()
         if isinstance(answer, Failure):
             self._failed(queue, ref, answer, now)
             return
         self._count(ref, "written")
         for subject in _subjects(ref):
-            self._tell_trouble("statuses", None, subject)
+            self._troubles.tell("statuses", None, subject)
         self._said[ref] = said
         if newer := _read_answer(answer, live):
             self._ahead[ref] = live.version, newer
@@ -300,7 +235,7 @@ class StatusWriter:
 
     async def _send(self, method: str, path: str, body: object, content: str = "application/json") -> object | Failure:
         """Write it in the time that this replica has; after its process was stopped for long there is none."""
-        within = min(WRITE, self.elector.until - self._clock())
+        within = min(WRITE, self.lease.seconds_left)
         if within <= 0:
             return Failure("Timeout", "the Lease is another's by now")
         return await self._client.send(method, path, body, within, content)
@@ -315,8 +250,8 @@ class StatusWriter:
         return live
 
     def _addresses(self) -> tuple[Address, ...]:
-        service = self._live.get(self.options.service) if self.options.service else None
-        return (*self.options.addresses, *(service.addresses if service else ()))
+        service = self._live.get(self._options.service) if self._options.service else None
+        return (*self._options.addresses, *(service.addresses if service else ()))
 
     def _is_others(self, parent: ObjectRef) -> bool:
         is_gateway = (parent.group, parent.kind) == (GATEWAY, "Gateway")
@@ -332,7 +267,7 @@ class StatusWriter:
                 self._count(ref, "failed")
                 everything, kind, one = _subjects(ref)
                 subject = everything if is_about_all(failure) else kind if status == 403 else one
-                self._tell_trouble("statuses", failure, subject)
+                self._troubles.tell("statuses", failure, subject)
         queue.failed(ref, failure, now)
 
     def _count(self, ref: ObjectRef, result: str) -> None:
@@ -341,7 +276,7 @@ class StatusWriter:
     async def _follow_bundle(self) -> None:
         """Who may not read CRDs says nothing of their version."""
         while True:
-            answer = await self._client.get(CRD, {}, ANSWER)
+            answer = await self._client.get(CRD, {}, LOOK_TIMEOUT)
             match answer:
                 case {"metadata": {"annotations": {**annotations}}}:
                     bundle = annotations.get(BUNDLE)
@@ -361,7 +296,7 @@ class StatusWriter:
         """One after the other; what can not be told now is told later, if it is still true then."""
         while True:
             self._told.clear()
-            if not self._events or not self.elector.leads(self._clock() + LEAST):
+            if not self._events or not self.lease.leads(LEAST):
                 await self._told.wait()
                 continue
             rejection = self._events.popleft()
@@ -369,31 +304,18 @@ class StatusWriter:
             live = self._live.get(ref) if ref else None
             if ref is None or live is None or rejection not in self._rejections:
                 continue
-            path, body = event(ref, rejection, live, self.options.identity, datetime.now(UTC))
+            path, body = event(ref, rejection, live, self._options.identity, datetime.now(UTC))
             answer = await self._send("POST", path, body)
             if not isinstance(answer, Failure) or answer.status == 409:  # it is there already
                 self._metrics.events.labels("written").inc()
-                self._tell_trouble("events", None)
+                self._troubles.tell("events", None)
                 await asyncio.sleep(EVENT_SPACING)
                 continue
             self._metrics.events.labels("failed").inc()
-            self._tell_trouble("events", answer)
+            self._troubles.tell("events", answer)
             if answer.status in (0, 429) or answer.status >= 500:
                 self._events.appendleft(rejection)
             await asyncio.sleep(EVENT_DELAY * (1 + self._jitter()) / 2)
-
-    # --- log ---
-
-    def _tell_trouble(self, what: str, failure: Failure | None, subject: str = "") -> None:
-        """Once when it begins, once when it is another one, and once when it is over."""
-        about = {"object": subject} if subject else {}
-        told = self._trouble.pop((what, subject), None)
-        if failure is not None:
-            self._trouble[what, subject] = failure.reason
-            if told != failure.reason:
-                log.warning("write failed", what=what, reason=failure.reason, message=failure.message, **about)
-        elif told is not None:
-            log.info("write recovered", what=what, reason=told, **about)
 
 
 def _subjects(ref: ObjectRef) -> tuple[str, str, str]:

@@ -53,8 +53,8 @@ away changes nothing.
 
 In a cluster the objects' statuses are written, by the replica that holds a Lease: the user also needs `patch` on
 gatewayclasses/status, gateways/status, httproutes/status, inferencepools/status, inferencemodels/status,
-inferencemodelrewrites/status and inferenceobjectives/status, `get`, `create` and `patch` on leases, `create` on events of
-events.k8s.io, and may `get` the CustomResourceDefinition gatewayclasses.gateway.networking.k8s.io.
+inferencemodelrewrites/status and inferenceobjectives/status, `get`, `create` and `patch` on leases, `create` on events
+of events.k8s.io, and may `get` the CustomResourceDefinition gatewayclasses.gateway.networking.k8s.io.
 To try it:  vllm-xds serve --kubernetes --log-format console
 """
 

@@ -31,7 +31,7 @@ lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, 
 golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the difference before you commit it
 	@$(BIN)/python -m tests.goldens
 
-bench: $(READY) ## measure the figures of docs/benchmarks.md (about five minutes)
+bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes)
 	@$(BIN)/python -m bench.figures
 
 chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (three minutes)

@@ -1,4 +1,4 @@
-"""The figures of docs/benchmarks.md: `python -m bench.figures`, some five minutes. `make bench` is the same.
+"""The figures of docs/benchmarks.md: `python -m bench.figures`, some ten minutes. `make bench` is the same.
 
 Two take minutes more and are commands of their own: bench.many_clients and bench.api_scale.
 """
@@ -11,7 +11,15 @@ import time
 
 from bench.report import machine, progress
 
-MODULES = ("bench.route_latency", "bench.request_cpu", "bench.page_cost", "bench.change_ack")
+MODULES = (
+    "bench.route_latency",
+    "bench.request_cpu",
+    "bench.server_cost",
+    "bench.worker_hits",
+    "bench.picker_memory",
+    "bench.page_cost",
+    "bench.change_ack",
+)
 
 
 def main(modules: tuple[str, ...] = MODULES) -> int:

@@ -54,17 +54,17 @@ def show(tables: Sequence[Table]) -> None:
         print(table, flush=True)
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process since its start, in steps of 10 ms (proc_pid_stat(5): utime and stime)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(*pids: int) -> float:
+    """CPU time of processes since their start, in steps of 10 ms (proc_pid_stat(5): utime and stime)."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
 
 
-async def idle_share(pids: Sequence[int], seconds: float) -> list[float]:
-    """CPU seconds a second each process takes with no requests: health checks, scrapes, statistics."""
-    before = [cpu_seconds(pid) for pid in pids]
+async def idle_share(parts: Sequence[Sequence[int]], seconds: float) -> list[float]:
+    """CPU seconds a second the processes of each part take with no requests: health checks, scrapes, statistics."""
+    before = [cpu_seconds(*pids) for pids in parts]
     await asyncio.sleep(seconds)
-    return [(cpu_seconds(pid) - cpu) / seconds for pid, cpu in zip(pids, before, strict=True)]
+    return [(cpu_seconds(*pids) - cpu) / seconds for pids, cpu in zip(parts, before, strict=True)]
 
 
 def machine() -> str:

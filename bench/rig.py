@@ -26,6 +26,7 @@ from bench.child import end, with_parent
 from bench.closed_loop import Client, requests
 from bench.envoy import Envoy, free_port
 from bench.vllm_server import MODEL
+from picker.worker import REPORT
 
 PLAIN, PICKED, BY_MODEL = "plain", "LLM", "LLM, matched by model"
 READY = 30.0  # seconds for everything to be ready: some four on an idle machine
@@ -133,14 +134,17 @@ async def _start(
 class Rig:
     """Running and warm between `__aenter__` and `__aexit__`: `ports` by route, and the processes to be watched."""
 
-    def __init__(self, pods: int = 4) -> None:
+    def __init__(self, pods: int = 4, picker: tuple[str, ...] = ("xds", "picker"), workers: int = 1) -> None:
+        """`picker` is the module, and its first arguments, that takes the options of `vllm-xds picker`."""
         self._pods = pods
+        self._picker_command = picker
+        self._workers = workers
         self._stack = AsyncExitStack()
-        server, picker, self._picker_metrics, status, admin, pod, *ports = (free_port() for _ in range(9))
+        server, listen, self._picker_metrics, status, admin, pod, *ports = (free_port() for _ in range(9))
         self.ports = dict(zip((PLAIN, PICKED, BY_MODEL), ports, strict=True))
         self._pod_port = pod
         self._server, self._picker, self._status, self._admin = (
-            f"127.0.0.1:{each}" for each in (server, picker, status, admin)
+            f"127.0.0.1:{each}" for each in (server, listen, status, admin)
         )
 
     async def __aenter__(self) -> Self:
@@ -154,8 +158,16 @@ class Rig:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
+    @property
+    def picker_pids(self) -> list[int]:
+        """The picker's processes, parent first."""
+        children = Path(f"/proc/{self._picker_pid}/task/{self._picker_pid}/children").read_text()
+        return [self._picker_pid, *map(int, children.split())]
+
     async def picks(self) -> int:
         """Requests the picker has sent to the pod that was cheapest, so far."""
+        if self._workers > 1:
+            await asyncio.sleep(1.5 * REPORT)  # until each worker has told its parent
         async with self._http.get(f"http://127.0.0.1:{self._picker_metrics}/metrics") as page:
             counts = re.findall(
                 r'^vllm_xds_picker_picks_total\{.*reason="cost".*\} (.*)$', await page.text(), re.MULTILINE
@@ -171,11 +183,15 @@ class Rig:
         self._http = await self._stack.enter_async_context(aiohttp.ClientSession())
         await start_pods(self._stack, first, self._pods, self._pod_port)
         serve = ("--config", str(config), "--bind", "127.0.0.1", "--listen", self._server, "--status", self._status)
-        await _start(self._stack, ("xds", "serve", *serve, "--picker", self._picker), log=scratch / "serve.log")
-        picker = ("--server", self._server, "--listen", self._picker)
+        listen, workers = self._picker, str(self._workers)
+        if self._workers > 1:
+            listen = f"unix:{scratch}/picker.sock"
+        told = ("--picker", listen, "--picker-workers", workers)
+        await _start(self._stack, ("xds", "serve", *serve, *told), log=scratch / "serve.log")
+        picker = ("--server", self._server, "--listen", listen, "--workers", workers)
         metrics = ("--metrics-address", f"127.0.0.1:{self._picker_metrics}")
-        process = await _start(self._stack, ("xds", "picker", *picker, *metrics), log=scratch / "picker.log")
-        self.picker_pid = process.pid
+        process = await _start(self._stack, (*self._picker_command, *picker, *metrics), log=scratch / "picker.log")
+        self._picker_pid = process.pid
         envoy = Envoy(scratch / "envoy.yaml", self._admin, scratch / "envoy.log")
         await self._stack.enter_async_context(envoy)
         self.envoy_pid = envoy.pid
@@ -186,7 +202,7 @@ class Rig:
     async def _healthy(self, envoy: Envoy) -> bool:
         clusters = (await envoy.get("/clusters?format=json"))["cluster_statuses"]
         hosts = [host["health_status"] for cluster in clusters for host in cluster.get("host_statuses", ())]
-        expected = 2 * self._pods + 2  # each pod in the pool and in the Service, the picker, the server
+        expected = 2 * self._pods + self._workers + 1  # each pod in the pool and in the Service, the server
         return hosts == [{"eds_health_status": "HEALTHY"}] * expected
 
     async def _picking(self) -> bool:
@@ -196,7 +212,7 @@ class Rig:
             client = await Client.connect(self.ports[name])
             await client.ask(requests(2000)[0])
             client.close()
-        return await self.picks() == before + 2
+        return await self.picks() >= before + 2
 
 
 async def _until(is_true: Callable[[], Awaitable[bool]]) -> None:

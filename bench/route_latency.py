@@ -29,10 +29,11 @@ class Case:
 
 ALONE = Case("1 client", 1, blocks=2500, block=1)
 CROWD = Case("16 clients, without pause", 16, blocks=20, block=16)
+MASS = Case("128 clients, without pause", 128, blocks=8, block=5)
 PACED = Case("16 clients, 160 requests/s", 16, blocks=25, block=5, pause=0.1)
 WARM = Case("warm", 16, blocks=2, block=16)
 
-PLAN = tuple((case, size) for size in (2_000, 6_000, 16_000) for case in (ALONE, PACED, CROWD))
+PLAN = tuple((case, size) for size in (2_000, 6_000, 16_000) for case in (ALONE, PACED, CROWD, MASS))
 
 
 async def measure(rig: Rig, plan: Sequence[tuple[Case, int]] = PLAN, warm: Case = WARM) -> Table:

@@ -179,10 +179,26 @@ def _transport_socket(host: str, directory: str) -> str:
 
 def split_address(text: str) -> tuple[str, int]:
     """`HOST:PORT` -> (host without brackets, port 1-65535)."""
-    host, separator, port = text.rpartition(":")
+    before, separator, port = text.rpartition(":")
+    host = before.removeprefix("[").removesuffix("]")
     if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"expected HOST:PORT with a port from 1 to 65535, found {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
+
+
+def worker_addresses(address: str, workers: int) -> tuple[str, ...]:
+    """Where the workers of a picker at `address` answer: `HOST:PORT` and ports after it, or `unix:/path.0`, `.1`, ...
+
+    One worker answers at `address` itself. Raises ValueError with a sentence.
+    """
+    if workers == 1:
+        return (address,)
+    if address.startswith("unix:"):
+        return tuple(f"{address}.{index}" for index in range(workers))
+    _, port = split_address(address)
+    if port + workers > 65536:
+        raise ValueError(f"{workers} workers need as many ports, and there are fewer from {address} on")
+    return tuple(f"{address.rpartition(':')[0]}:{port + index}" for index in range(workers))
 
 
 def _quoted(text: str) -> str:

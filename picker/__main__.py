@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
-import os
-import random
-import signal
 import sys
-import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-import structlog
 import uvloop
 
-from picker.loads import LoadsClient, watch
+from picker.listen import UNIX, AddressError
+from picker.memory import Memory
 from picker.metrics import PickerMetrics
-from picker.pick import Picker
-from picker.server import UNIX, AddressError, PickerServer
+from picker.server import PickerServer
+from picker.worker import Settings, on_signals, work
+from picker.workers import WorkerError, supervise
 from xds import tls
 from xds.log import FORMATS, LEVELS, configure
 from xds.status import serve_status
@@ -32,14 +29,10 @@ EPILOG = """\
 examples:
   vllm-xds picker                                            beside `vllm-xds serve`, with its defaults
   vllm-xds picker --listen unix:/run/picker/0.sock           a sidecar of Envoy
+  vllm-xds picker --workers 4                                on four cores, with `vllm-xds serve --picker-workers 4`
   vllm-xds picker --server xds:18000 --listen 0.0.0.0:18001 --tls-cert tls.crt --tls-key tls.key --tls-ca ca.crt
                                                              one service for several Envoys
 """
-GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: a large body is many objects, and none is in a cycle
-DRAIN = 1.5  # seconds between "not serving" and the end: Envoy's health check, each second, sees it first
-GRACE = 0.5  # seconds for the requests then open: an answer takes a millisecond
-
-log = structlog.get_logger()
 
 
 def _address(text: str) -> str:
@@ -57,7 +50,7 @@ def _tcp_address(text: str) -> str:
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pickers, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
     return int(text)
 
 
@@ -76,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pickers", type=_count, default=1, metavar="N",
         help="independent pickers for the same pools, this one included: each sees 1/N of the requests, so with more "
         "than one they lean on a primary pod for each prefix (default %(default)s)")  # fmt: skip
+    add("--workers", type=_count, default=1, metavar="N",
+        help="processes that share what they know and are one picker; each answers at an address of its own: the ports "
+        "from that of --listen on, or PATH.0, PATH.1, ... (default %(default)s)")  # fmt: skip
     tls.add_arguments(parser)
     add("--log-format", choices=FORMATS, default="auto", help="auto is console in a terminal, else json")
     add("--log-level", choices=LEVELS, default="info", help="least level that is logged (default %(default)s)")
@@ -90,50 +86,38 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.write(f"vllm-xds picker: {error}\n")
         return 2
     configure(args.log_format, args.log_level)
+    settings = Settings(
+        server=args.server,
+        listen=tuple(args.listen),
+        pickers=args.pickers,
+        tls=(str(files.cert), str(files.key), str(files.ca)) if files else None,
+        log_format=args.log_format,
+        log_level=args.log_level,
+    )
+    host, _, port = args.metrics_address.rpartition(":")
+    host = host.strip("[]")
     try:
-        uvloop.run(_serve(args, files))
-    except (AddressError, tls.TlsError, OSError) as error:
-        sys.stderr.write(f"vllm-xds picker: {error}\n")
+        if args.workers == 1:
+            uvloop.run(_alone(settings, host, int(port)))
+        else:
+            asyncio.run(supervise(settings, args.workers, host, int(port)))  # uvloop makes no process groups
+    except WorkerError:  # it has said why
         return 1
+    except (AddressError, tls.TlsError, OSError, ValueError) as error:
+        sys.stderr.write(f"vllm-xds picker: {error}\n")
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 
-async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
-    metrics = PickerMetrics()
-    picker = Picker(random.random, args.pickers)
-    server = PickerServer(picker, metrics, time.monotonic, files)
-    node_id = f"picker-{os.uname().nodename}-{os.getpid()}"
-    client = LoadsClient(
-        args.server, picker, metrics, node_id=node_id, clock=time.monotonic, random=random.random, tls=files
-    )
-    signals = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, signals.set)
-    host, _, port = args.metrics_address.rpartition(":")
-    async with serve_status(host.strip("[]"), int(port), metrics.registry, lambda: server.serving) as metrics_port:
-        try:
-            listening = await server.start(args.listen)
-            log.info(
-                "picker started", listen=listening, metrics=f"{host}:{metrics_port}", server=args.server, node=node_id
-            )
-            gc.freeze()  # what is loaded by now stays: collections need not look at it
-            gc.set_threshold(*GC_THRESHOLD)
-            async with asyncio.TaskGroup() as tasks:
-                background = [
-                    tasks.create_task(client.run()),
-                    tasks.create_task(watch(picker, metrics, time.monotonic)),
-                ]
-                await signals.wait()
-                signals.clear()
-                server.drain()
-                log.info("picker draining", seconds=DRAIN)
-                with suppress(TimeoutError):  # a second signal ends the wait
-                    await asyncio.wait_for(signals.wait(), DRAIN)
-                for task in background:
-                    task.cancel()
-            log.info("picker stopped")
-        finally:
-            await server.stop(GRACE)
+async def _alone(settings: Settings, host: str, port: int) -> None:
+    @asynccontextmanager
+    async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
+        async with serve_status(host, port, metrics.registry, lambda: server.serving) as chosen:
+            yield f"{host}:{chosen}"
+
+    asked = asyncio.Event()
+    on_signals(asked)
+    await work(settings, Memory(), status, asked)
 
 
 def main() -> int:

@@ -6,14 +6,18 @@ For a prompt of L tokens with chunk hashes h, each pod p costs
         nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
-B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are the
-pod's last load report plus E times what this picker sent there since, E being the number of independent pickers. The
-cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are what
+p's last metrics page said plus E times what this picker sent there since, E being the number of independent pickers.
+Where Envoys report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there
+before any page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
 
 A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
 where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
 where every place is taken by running ones. A pod holds what its last report shows running and what it was sent last,
 `max_lora` adapters at most.
+
+What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
+and so are one picker, not several. Which adapters p was sent last is each worker's own.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -26,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from picker.memory import SeenChunks
+from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
 
 ETA = 0.3  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
@@ -74,6 +78,7 @@ class PodLoad:
     kv_tokens: int = 0  # 0 = unknown
     prefill_rate: float = 0.0  # tokens/s, 0 = unknown
     start_time: float = 0.0  # changes with a restart, 0 = unknown
+    in_flight: int = 0  # requests that Envoys have under way to it
     max_lora: int = 0  # 0 = unknown
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
@@ -81,51 +86,84 @@ class PodLoad:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """What the management server reports of a pool: every pod that may be picked."""
+    """What the management server reports of a pool: every pod that may be picked.
+
+    `in_flight_age` is how old the pods' `in_flight` was, in seconds; None: no Envoy reports any.
+    """
 
     name: str
     pods: tuple[PodLoad, ...]
+    in_flight_age: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
+    """A look at what all workers had sent to a pod: before and after a request of our own."""
+
     at: float  # seconds
-    tokens: float
+    before: int
+    after: int
 
 
 class _Pod:
     """What the picker knows of one pod. Mutable."""
 
-    __slots__ = ("_backlog", "_held", "_leaked_at", "_sent", "kv", "load", "n", "read_at", "seen")
+    __slots__ = ("_base", "_held", "_in_flight", "_looks", "_reported_kv", "_reported_n", "load", "memory", "read_at")
 
-    def __init__(self, load: PodLoad) -> None:
+    def __init__(self, load: PodLoad, memory: PodMemory, now: float) -> None:
         self.load = load
-        self.seen = SeenChunks(UNKNOWN_CHUNKS)
+        self.memory = memory
         self.read_at = -inf
-        self.n = 0.0
-        self.kv = 0.0
-        self._sent: deque[_Sent] = deque()
+        self._reported_n = 0.0
+        self._reported_kv = 0.0
+        self._base = memory.sent  # what had been sent when the last page was read
+        self._in_flight: tuple[int, int] | None = None  # what Envoys reported, and what had been sent then
+        self._looks = deque([_Sent(now, self._base, self._base)])
         self._held: OrderedDict[str, None] = OrderedDict()  # adapters, the last used one last
-        self._backlog = 0.0
-        self._leaked_at = 0.0
 
-    def report(self, load: PodLoad, pickers: int, max_chunks: int, now: float) -> None:
+    def report(self, load: PodLoad, max_chunks: int, now: float, in_flight_age: float | None = None) -> None:
         """Take a load report that arrived at `now`; a new start time or address is a new, empty pod."""
         if _restarted(self.load, load):
-            self.seen.forget()
-            self._sent.clear()
             self._held.clear()
-            self._backlog = 0.0
         self.load = load
         self.read_at = now - load.age if load.age >= 0 else -inf
-        horizon = max(self.read_at, now - STALE)
-        while self._sent and self._sent[0].at <= horizon:
-            self._sent.popleft()
-        self.n = load.running + load.waiting + pickers * len(self._sent)
-        self.kv = load.kv_usage * load.kv_tokens + pickers * sum(sent.tokens for sent in self._sent)
-        self.seen.resize(min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+        capacity = max(1, min(load.kv_tokens // CHUNK_TOKENS or UNKNOWN_CHUNKS, max_chunks))
+        restarted = self.memory.report(load.address, load.start_time, capacity, now)
+        self._reported_n = load.running + load.waiting
+        self._reported_kv = load.kv_usage * load.kv_tokens
+        self._looks.append(_Sent(now, self.memory.sent, self.memory.sent))
+        page = now if restarted else max(self.read_at, now - STALE)
+        flight = now if restarted or in_flight_age is None else max(now - in_flight_age, now - STALE)
+        while len(self._looks) > 1 and self._looks[1].at <= min(page, flight):
+            self._looks.popleft()
+        self._base = self._sent_until(page)
+        self._in_flight = None if in_flight_age is None else (load.in_flight, self._sent_until(flight))
         for adapter in load.running_adapters:
             self._hold(adapter)
+
+    def _sent_until(self, at: float) -> int:
+        """What had been sent at this time: of what others sent between two looks of ours, a share in proportion."""
+        before, after = self._looks[0], None
+        for look in self._looks:
+            if look.at > at:
+                after = look
+                break
+            before = look
+        if after is None or before.at >= at:
+            return before.after
+        share = (at - before.at) / (after.at - before.at)
+        between = (after.before - before.after) & WRAP
+        requests, tokens = between >> TOKEN_BITS, between & TOKENS
+        return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
+
+    def busyness(self, pickers: int) -> tuple[float, float]:
+        """n and kv of the module's formula."""
+        since = (self.memory.sent - self._base) & WRAP
+        n = self._reported_n + pickers * (since >> TOKEN_BITS)
+        if self._in_flight is not None:
+            in_flight, base = self._in_flight
+            n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
+        return n, self._reported_kv + pickers * (since & TOKENS)
 
     def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
         """C of the module's formula without A, in tokens."""
@@ -148,41 +186,34 @@ class _Pod:
         while len(self._held) > max(1, self.load.max_lora):
             self._held.popitem(last=False)
 
+    def _leak(self, costs: Costs) -> float:
+        return LEAK * (self.load.prefill_rate or costs.prefill_rate)  # tokens/s
+
     def backlog(self, now: float, costs: Costs) -> float:
         """B: prefill tokens sent here and, at the leak's rate, not yet done."""
-        leaked = LEAK * (self.load.prefill_rate or costs.prefill_rate) * (now - self._leaked_at)
-        return max(0.0, self._backlog - leaked)
+        return max(0.0, self.memory.busy_until - now) * self._leak(costs)
 
-    def cached(self, hashes: Sequence[bytes], hint: bytes | None, tokens: int) -> int:
+    def cached(self, chunks: Sequence[Key], hint: Sequence[Key], tokens: int) -> int:
         """How many of a prompt's tokens are probably in this pod's prefix cache.
 
         A hint is worth a chunk at most: what a wrong one can cost.
         """
-        if chunks := self.seen.longest_prefix(hashes):
-            return CHUNK_TOKENS * chunks
-        return min(tokens, CHUNK_TOKENS) if hint is not None and self.seen.longest_prefix((hint,)) else 0
+        if seen := self.memory.longest_prefix(chunks):
+            return CHUNK_TOKENS * seen
+        return min(tokens, CHUNK_TOKENS) if self.memory.longest_prefix(hint) else 0
 
     def send(
-        self,
-        hashes: Sequence[bytes],
-        hint: bytes | None,
-        adapter: str,
-        uncached: float,
-        output: float,
-        pickers: int,
-        now: float,
-        costs: Costs,
+        self, chunks: Sequence[Key], adapter: str, uncached: float, output: float, now: float, costs: Costs
     ) -> None:
         """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
-        self._backlog, self._leaked_at = self.backlog(now, costs) + uncached, now
-        self._sent.append(_Sent(now, uncached + output))
-        self.n += pickers
-        self.kv += pickers * (uncached + output)
+        memory = self.memory
+        memory.busy_until = max(memory.busy_until, now) + uncached / self._leak(costs)
+        before = memory.sent
+        memory.send(int(uncached + output))
+        self._looks.append(_Sent(now, before, memory.sent))
         if adapter:
             self._hold(adapter)
-        self.seen.touch(hashes)
-        if hint is not None:
-            self.seen.touch((hint,))
+        memory.touch(chunks, now)
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -193,11 +224,16 @@ def _restarted(old: PodLoad, new: PodLoad) -> bool:
 class Pool:
     """One pool's pods. Mutable.
 
-    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included).
+    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included). Pools of one
+    `memory` have different names.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1) -> None:
+    def __init__(
+        self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None, name: str = ""
+    ) -> None:
         self._random = random
+        self._memory = memory or Memory()
+        self._name = name
         self._pickers = pickers
         self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
         self._pods: dict[str, _Pod] = {}
@@ -210,7 +246,7 @@ class Pool:
     @property
     def chunks(self) -> int:
         """Chunk hashes held for all pods."""
-        return sum(len(pod.seen) for pod in self._pods.values())
+        return sum(len(pod.memory) for pod in self._pods.values())
 
     @property
     def read_at(self) -> float:
@@ -231,8 +267,11 @@ class Pool:
         known = self._pods
         self._pods = {}
         for pod_load in load.pods:
-            pod = self._pods[pod_load.hash_key] = known.get(pod_load.hash_key) or _Pod(pod_load)
-            pod.report(pod_load, self._pickers, max_chunks, now)
+            pod = known.get(pod_load.hash_key)
+            if pod is None or not pod.memory.mine:
+                pod = _Pod(pod_load, self._memory.pod(f"{self._name}\0{pod_load.hash_key}", now), now)
+            pod.report(pod_load, max_chunks, now, load.in_flight_age)
+            self._pods[pod_load.hash_key] = pod
             for adapter in (*pod_load.running_adapters, *pod_load.waiting_adapters):
                 self._adapters[adapter] = None
         while len(self._adapters) > MAX_ADAPTERS:
@@ -253,20 +292,21 @@ class Pool:
         `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
         hash of the session or cache key the client named, `model` what the pod will be asked for.
         """
-        fresh = [pod for pod in self._pods.values() if now - pod.read_at <= STALE]
+        fresh = {name: pod.busyness(self._pickers) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
         if not fresh:
             return None
-        mean_n = sum(pod.n for pod in fresh) / len(fresh)
+        chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
+        mean = (sum(n for n, _ in fresh.values()) / len(fresh), 0.0)
         costs = self.costs
         output = costs.output_tokens if max_tokens is None else min(costs.output_tokens, max_tokens)
         adapter = model if model in self._adapters else ""
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - pod.cached(hashes, hint, tokens)
+            uncached: float = tokens - pod.cached(chunks, by_hint, tokens)
             if name == primary:
                 uncached *= 1.0 - self._prior
-            n, kv = (pod.n, pod.kv) if now - pod.read_at <= STALE else (mean_n, 0.0)
+            n, kv = fresh.get(name, mean)
             tokens_worth = pod.cost(uncached, output, n, kv, now, costs)
             cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
             if cost < best_cost:
@@ -275,5 +315,5 @@ class Pool:
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        pod.send(hashes, hint, adapter, uncached, output, self._pickers, now, costs)
+        pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
         return name

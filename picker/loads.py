@@ -120,9 +120,12 @@ def _load(wire: WirePoolLoad) -> PoolLoad:
                 raise ValueError(f"{name}: {endpoint.hash_key}: {field} is {value}")
         if not isfinite(endpoint.age):
             raise ValueError(f"{name}: {endpoint.hash_key}: age is {endpoint.age}")
+    if not (isfinite(wire.in_flight.age) and wire.in_flight.age >= 0):
+        raise ValueError(f"{name}: in_flight: age is {wire.in_flight.age}")
     return PoolLoad(
         name,
-        tuple(
+        in_flight_age=wire.in_flight.age if wire.HasField("in_flight") else None,
+        pods=tuple(
             PodLoad(
                 hash_key=pod.hash_key,
                 address=pod.address,
@@ -133,6 +136,7 @@ def _load(wire: WirePoolLoad) -> PoolLoad:
                 kv_tokens=pod.kv_tokens,
                 prefill_rate=pod.prefill_rate,
                 start_time=pod.start_time,
+                in_flight=pod.in_flight,
                 max_lora=pod.max_lora,
                 running_adapters=tuple(pod.running_adapters),
                 waiting_adapters=tuple(pod.waiting_adapters),

@@ -31,6 +31,12 @@ class PickerMetrics:
         self.renamed = Counter(
             "vllm_xds_picker_renamed", "Requests whose model's name was replaced, by pool.", ["pool"], registry=r
         )
+        self.client_errors = Counter(
+            "vllm_xds_picker_client_errors",
+            "Connections ended because of what the client sent, by HTTP/2 error code.",
+            ["code"],
+            registry=r,
+        )
         self.chunks = Gauge("vllm_xds_picker_chunks", "Chunk hashes held for all pods.", registry=r)
         self.connected = Gauge("vllm_xds_picker_server_connected", "1 while the load stream is open.", registry=r)
         self.refused = Counter(

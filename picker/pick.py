@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from picker.cost import DEFAULT_COSTS, Costs, Pool, PoolLoad
+from picker.memory import CHUNKS, Memory
 from picker.models import NO_MODELS, SHED, Models, judge
 from picker.prefix import chunk_hashes, hint_hash
 from picker.prompt import MAX_BODY, Prompt, read_prompt
 from picker.stateless import HotPrefixes, Ring
 
-MAX_CHUNKS = 1 << 20  # chunk hashes held for all pods together, some 150 MB
 UNKNOWN_PODS = 8  # assumed of a pool whose pods are unknown
 SERVICE = "service/"  # what the name of a cluster begins with that is no pool, and so has no models
 
@@ -69,10 +69,10 @@ class _State:
 
     __slots__ = ("config", "hash_keys", "hot", "pool", "reported", "ring")
 
-    def __init__(self, random: Callable[[], float], pickers: int) -> None:
+    def __init__(self, pool: Pool) -> None:
         self.config: PoolConfig | None = None
         self.reported = False  # loads
-        self.pool = Pool(random, pickers)
+        self.pool = pool
         self.hot = HotPrefixes()
         self.hash_keys: tuple[str, ...] = ()
         self.ring = Ring(())
@@ -82,18 +82,20 @@ class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
     Clusters the management server did not name share one set of counts, so nobody can make it grow by inventing names.
-    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1).
+    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1). Workers that
+    share a `memory`, and so what they know of the pods, are one picker.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1) -> None:
+    def __init__(self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None) -> None:
         self._random = random
         self._pickers = pickers
+        self._memory = memory or Memory()
         self._pools: dict[str, _State] = {}
         self._unknown = HotPrefixes()
 
     @property
     def chunks(self) -> int:
-        """Chunk hashes held for all pods."""
+        """Chunks held for all pods, about."""
         return sum(state.pool.chunks for state in self._pools.values())
 
     def read_at(self) -> dict[str, float]:
@@ -105,7 +107,7 @@ class Picker:
         state = self._state(load.name)
         state.reported = True
         pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
-        state.pool.update(load, MAX_CHUNKS // max(1, pods), now)
+        state.pool.update(load, CHUNKS // max(1, pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
         if hash_keys != state.hash_keys:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)
@@ -136,7 +138,7 @@ class Picker:
 
     def _state(self, name: str) -> _State:
         if name not in self._pools:
-            self._pools[name] = _State(self._random, self._pickers)
+            self._pools[name] = _State(Pool(self._random, self._pickers, self._memory, name))
         return self._pools[name]
 
     def pick(self, cluster_name: str, body: bytes, now: float, session: str = "", objective: str = "") -> Pick:

@@ -58,7 +58,7 @@ def test_names_are_what_was_given(node_id: str, node_cluster: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "host", ":1", "host:", "host:0", "host:65536", "host:-1", "host:1x", "host:" + "9" * 5000]
+    "text", ["", "host", ":1", "host:", "[]:1", "host:0", "host:65536", "host:-1", "host:1x", "host:" + "9" * 5000]
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """By a sentence, for the server as for the admin API."""

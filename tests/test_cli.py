@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import bootstrap
+import xds.serve
 from bench.envoy import free_port
 from tests.apiserver import FakeApiServer
 from tests.goldens import ROOT
@@ -89,6 +90,7 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
             ("serve", "--kubernetes", "--gateway-service", "A/b"),
             "--gateway-service: expected NAMESPACE/NAME, found A/b",
         ),
+        (("serve", "--kubernetes", "--gateway-address", "A_b"), "--gateway-address: expected an IP address or a lower"),
         (("serve", "--kubernetes", "--lease", "a/b", "--no-status"), "--lease is for writing statuses"),
         (
             ("serve", "--kubernetes", "--namespace", "x", "--gateway-service", "y/envoy"),
@@ -103,6 +105,13 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--config", ".", "--bind", "here"), "'here' does not appear to be an IPv4 or IPv6 address"),
         (("serve", "--config", ".", "--scrape-interval", "0"), "expected seconds above 0, found 0"),
         (("serve", "--config", ".", "--picker-timeout", "x"), "'x'"),
+        (("serve", "--config", ".", "--picker-workers", "0"), "expected a number, 1 or more, found 0"),
+        (
+            ("serve", "--config", ".", "--picker", "h:65535", "--picker-workers", "2"),
+            "2 workers need as many ports, and there are fewer from h:65535 on",
+        ),
+        (("serve", "--config", ".", "--picker-timeout", "3601"), "expected a picker timeout of 0.001 to 3600 seconds"),
+        (("serve", "--config", ".", "--picker-tls-sds", ""), "an empty name"),
         (("serve", "--config", ".", "--log-level", "loud"), "'loud'"),
         (("bootstrap", "--server", "x"), "expected HOST:PORT with a port from 1 to 65535, found 'x'"),
         (("bootstrap", "--admin", "x:99999"), "expected HOST:PORT with a port from 1 to 65535, found 'x:99999'"),
@@ -117,6 +126,21 @@ def test_wrong_usage_is_2_and_a_sentence(argv: tuple[str, ...], said: str, capsy
     last = captured.err.splitlines()[-1]
     assert last.startswith("vllm-xds")
     assert said in last
+
+
+def test_each_worker_of_each_picker_is_one_to_envoy() -> None:
+    """As `vllm-xds picker --workers` spreads them over ports and files; one worker is at the address itself."""
+    parser = argparse.ArgumentParser()
+    xds.serve.add_arguments(parser)
+    given = ("--config", ".", "--picker", "[::1]:7", "--picker", "unix:/run/p")
+    assert xds.serve.options(parser.parse_args(given)).pickers == ("[::1]:7", "unix:/run/p")
+    assert xds.serve.options(parser.parse_args([*given, "--picker-workers", "2"])).pickers == (
+        *("[::1]:7", "[::1]:8"),
+        *("unix:/run/p.0", "unix:/run/p.1"),
+    )
+    assert xds.serve.options(parser.parse_args(["--config", ".", "--picker-workers", "3"])).pickers == (
+        *("127.0.0.1:18001", "127.0.0.1:18002", "127.0.0.1:18003"),
+    )
 
 
 def test_bootstrap_prints_a_bootstrap(capsys: pytest.CaptureFixture[str]) -> None:

@@ -488,6 +488,8 @@ def test_endpoint_slice() -> None:
     document = _object("EndpointSlice")
     document["endpoints"][1]["addresses"] = ["pod.example"]
     assert _only(parse(document)).field == "endpoints[1].addresses[0]"
+    document["endpoints"][1]["addresses"] = ["fe80::1%eth0"]
+    assert _only(parse(document)).message == 'expected an IP address without a zone, found "fe80::1%eth0"'
     document["addressType"] = "FQDN"
     assert _only(parse(document)).reason == "UnsupportedValue"
 
@@ -522,6 +524,8 @@ def test_pod_without_address_and_deleting() -> None:
     assert (pod.ip, pod.deleting) == ("", True)
     document["status"]["podIP"] = "localhost"
     assert _only(parse(document)).message == 'expected an IP address, found "localhost"'
+    document["status"]["podIP"] = "::1%lo"
+    assert _only(parse(document)).field == "status.podIP"
 
 
 @pytest.mark.parametrize(

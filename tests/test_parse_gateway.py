@@ -392,6 +392,9 @@ def test_redirect() -> None:
         "[{type: Later, later: {}}]",
         "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Host, value: x}]}}]",
         "[{type: ResponseHeaderModifier, responseHeaderModifier: {remove: [host]}}]",
+        "[{type: RequestHeaderModifier, requestHeaderModifier: {add: [{name: Content-Length, value: '0'}]}}]",
+        "[{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: Upgrade, value: x}]}}]",
+        "[{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: content-length, value: '0'}]}}]",
     ],
 )
 def test_filter_that_cannot_be_served_empties_its_rule(filters: str) -> None:
@@ -453,7 +456,6 @@ def test_timeouts() -> None:
         ("matches: [{path: {type: RegularExpression, value: '/(?=a)'}}]", "matches[0].path.value"),
         ("matches: [{path: {type: RegularExpression, value: '/['}}]", "matches[0].path.value"),
         ("matches: [{headers: [{name: ':path', value: a}]}]", "matches[0].headers[0].name"),
-        ("matches: [{headers: [{name: a, value: 'a\\r\\n'}]}]".replace("'", '"'), "matches[0].headers[0].value"),
         ("matches: [{headers: [{name: a}]}]", "matches[0].headers[0].value"),
         ("matches: [{queryParams: [{name: a, type: PathPrefix, value: b}]}]", "matches[0].queryParams[0].type"),
         ("matches: [{method: post}]", "matches[0].method"),
@@ -486,6 +488,69 @@ def test_timeouts() -> None:
 def test_bad_rule_rejects_the_route(rule: str, field: str) -> None:
     """What the CRD refuses, by schema or by CEL, rejects the route with the path of the field."""
     _assert_invalid(_route(rule), f"spec.rules[0].{field}")
+
+
+HEADERS = "matches: [{headers: [%s]}]"
+QUERY = "matches: [{queryParams: [%s]}]"
+PATH = "matches: [{path: {value: '%s'}}]"
+REWRITE = "filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplaceFullPath, replaceFullPath: '%s'}}}]"
+REPLACE = "filters: [{type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: '%s'}}}]"
+REDIRECT = "filters: [{type: RequestRedirect, requestRedirect: {path: {type: ReplaceFullPath, replaceFullPath: '%s'}}}]"
+SET = "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: %s}]}}]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ("matches: [{method: CONNECT}]", "matches[0].method"),
+        *((PATH % value, "matches[0].path.value") for value in ("/%41", "/a%2eb", "/%5C", "/%00", "/.;a", "/a/..;b/c")),
+        (HEADERS % "{name: Upgrade, value: a}", "matches[0].headers[0].name"),
+        (HEADERS % "{name: transfer-encoding, type: RegularExpression, value: .*}", "matches[0].headers[0].name"),
+        *(
+            (HEADERS % f"{{name: a, value: {text}}}", "matches[0].headers[0].value")
+            for text in ('" a"', '"a\\t"', '"\\r"')
+        ),
+        (QUERY % "{name: a&b, value: a}", "matches[0].queryParams[0].name"),
+        *(
+            (QUERY % f"{{name: a, value: '{text}'}}", "matches[0].queryParams[0].value")
+            for text in ("a b", "é", "a#b", "a&b")
+        ),
+        *(
+            (REWRITE % text, "filters[0].urlRewrite.path.replaceFullPath")
+            for text in ("/a b", "/é", "/a?b", "/a#b", "/%4")
+        ),
+        *((REPLACE % text, "filters[0].urlRewrite.path.replacePrefixMatch") for text in ("/a?b", '/"', "/a|b", "/{a}")),
+        *((REDIRECT % text, "filters[0].requestRedirect.path.replaceFullPath") for text in ("/a#b", "/a?b c", "/<a>")),
+        (SET % '"a\\nb: c"', "filters[0].requestHeaderModifier.set[0].value"),
+        (SET % '"a "', "filters[0].requestHeaderModifier.set[0].value"),
+    ],
+)
+def test_what_envoy_cannot_do_rejects_the_route(rule: str, field: str) -> None:
+    """What the API allows, but Envoy refuses, never matches or sends on as no server reads it."""
+    parsed = _route(rule)
+    assert parsed.object is None
+    assert (_only(parsed).reason, _only(parsed).field) == ("UnsupportedValue", f"spec.rules[0].{field}")
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "matches: [{method: TRACE}]",
+        *(PATH % value for value in ("/%20", "/%c3%a9", "/%25", "/%5B", "/%60", "/...", "/.a;b", "/a;/b")),
+        HEADERS % "{name: te, value: trailers}",
+        HEADERS % '{name: a, value: "é %41 a\\tb"}',
+        HEADERS % '{name: a, type: RegularExpression, value: " ?[\\x01-\\x7f]"}',
+        QUERY % "{name: a, value: 'a%20b+c=d/?|\"'}",
+        QUERY % "{name: a, type: RegularExpression, value: 'a b'}",
+        *(REWRITE % text for text in ("", "a", "/%20", "/a;b/", "/..")),
+        *(REDIRECT % text for text in ("/a?b=c?d", "?a")),
+        SET % '"100% é,\\tb"',
+        "filters: [{type: RequestHeaderModifier, requestHeaderModifier: {remove: [connection, content-length]}}]",
+    ],
+)
+def test_what_is_next_to_it_is_served(rule: str) -> None:
+    """No value is rejected that Envoy does serve as it is written."""
+    _rule(rule)
 
 
 def test_sizes_of_a_route() -> None:
@@ -561,6 +626,18 @@ def test_rest_of_a_traffic_policy_is_ignored_with_warnings() -> None:
         "spec.timeout.http.maxConnectionDuration",
     }
     assert {(each.level, each.message) for each in parsed.rejections} == {(Level.WARNING, "not supported, ignored")}
+
+
+@pytest.mark.parametrize("zero", ["0s", "0h0ms"])
+def test_no_connect_timeout_is_not_served(zero: str) -> None:
+    """Envoy refuses a cluster without one; the default is served, and the policy's other timeouts."""
+    target = f"targetRef: {{group: {GATEWAY}, kind: Gateway, name: gw}}"
+    parsed = _policy(f"{{{target}, timeout: {{tcp: {{connectTimeout: {zero}}}, http: {{requestTimeout: 0s}}}}}}")
+    assert isinstance(parsed.object, BackendTrafficPolicy)
+    assert (parsed.object.connect_timeout, parsed.object.request_timeout) == (None, 0.0)
+    rejection = _only(parsed)
+    assert (rejection.reason, rejection.level) == ("UnsupportedValue", Level.ERROR)
+    assert rejection.field == "spec.timeout.tcp.connectTimeout"
 
 
 def test_targets_of_a_traffic_policy() -> None:

@@ -23,6 +23,9 @@ from xds.regex import problem
         "a{1000}",
         "(a{10}){100}",
         "[a-f0-9]{8}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{4}-[a-f0-9]{12}",
+        "[a-zA-Z0-9/._-]{1,1000}",
+        r"[\x80-\xff]+",
+        "a{}{b}",
         "",
     ],
 )
@@ -53,6 +56,14 @@ def test_common_ground_passes(pattern: str) -> None:
         "(a{100}){20}",
         "((a{10}){11}){10}",
         "[^a]{1000}" * 11,
+        "[acegikmoqsuwyACEGIKMOQSUWY02468]{1000}" * 20,
+        "((((((((a)))))))){1000}" * 50,
+        "(){1000}" * 500,
+        "a{,2}",
+        "é",
+        "\\é",
+        "[é-ü]",
+        "(?P<é>a)",
         "(",
         ")",
         "[",
@@ -67,8 +78,15 @@ def test_common_ground_passes(pattern: str) -> None:
     ],
 )
 def test_what_re2_would_refuse_is_refused(pattern: str) -> None:
-    """Envoy refuses all routes for one such pattern (`[[:alpha:]]`, which it takes, Python reads otherwise)."""
+    """Envoy refuses all routes for one such pattern, or reads it otherwise than Python (`a{,2}`, `[é]`, `[[a]]`)."""
     assert problem(pattern) != ""
+
+
+@pytest.mark.parametrize("part", ["((((a)))){1000}", "[a-cx-z0-9]{1000}", r"(?:\W\d){1000}", "(?:a?b?){1000}"])
+def test_size_is_counted_in_instructions(part: str) -> None:
+    """Groups, a class's ranges, escapes and repetitions take more of RE2's memory than characters do."""
+    assert "instructions" in problem(part * 7)
+    assert problem("a{1000}" * 7) == problem(part) == ""
 
 
 @given(st.text(alphabet="ab01(){}[]|*+?\\.^$-,:=!<>PZdbx#&~", max_size=30))

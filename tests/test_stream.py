@@ -184,7 +184,7 @@ async def test_a_version_stands_for_what_the_client_holds(link: MemoryLink) -> N
 
 
 async def test_a_broken_rule_is_not_lost_behind_the_quoted_resource(link: MemoryLink) -> None:
-    """Envoy's message begins with the resource, however long; what is kept is the rule behind it."""
+    """Envoy's message begins with the resource, however long; what is kept is the rule behind it, if Envoy kept it."""
     await link.publish(snapshot(eds={"a": "1"}))
     await link.send(link.peer.subscribe(ENDPOINT, "a"))
     response = await link.expect(ENDPOINT, {"a": "1"}, ack=False)
@@ -192,6 +192,11 @@ async def test_a_broken_rule_is_not_lost_behind_the_quoted_resource(link: Memory
     refusal = link.stream.receive(link.peer.nack(response, "x" * 1_000_000 + rule)).refusal
     assert refusal.message == rule
     await link.quiet()
+    await link.publish(snapshot(eds={"a": "2"}))
+    response = await link.expect(ENDPOINT, {"a": "2"}, ack=False)
+    refusal = link.stream.receive(link.peer.nack(response, "x" * 4096 + "...(truncated)")).refusal
+    assert refusal.message.startswith("Proto constraint validation failed, it seems")
+    assert refusal.message.endswith(": " + "x" * 200)
 
 
 async def test_an_answer_says_what_the_client_has_taken(link: MemoryLink) -> None:

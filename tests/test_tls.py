@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,28 @@ async def serving(files: TlsFiles | None, host: str = "127.0.0.1") -> AsyncItera
         yield server, f"{host}:{port}"
     finally:
         await server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def picking(files: TlsFiles) -> AsyncIterator[str]:
+    """The address of a picker, whose server is not gRPC's."""
+    picker = PickerServer(Picker(lambda: 0.0), PickerMetrics(), lambda: 0.0, files)
+    (address,) = await picker.start(["127.0.0.1:0"])
+    try:
+        yield address
+    finally:
+        await picker.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def managing(files: TlsFiles) -> AsyncIterator[str]:
+    """The address of a management server."""
+    async with serving(files) as (_, address):
+        yield address
+
+
+both = pytest.mark.parametrize("part", [managing, picking])
+Part = Callable[[TlsFiles], contextlib.AbstractAsyncContextManager[str]]
 
 
 async def health(address: str, credentials: grpc.ChannelCredentials | None) -> bytes | grpc.StatusCode:
@@ -136,9 +158,10 @@ async def test_a_unix_socket_stays_plaintext(identity: Identity, tmp_path: Path)
 # --- files that change ---
 
 
-async def test_new_files_count_from_the_next_connection_on(identity: Identity) -> None:
+@both
+async def test_new_files_count_from_the_next_connection_on(part: Part, identity: Identity) -> None:
     """The certificate and the CA, without a restart; a connection that is there lives on."""
-    async with serving(identity.files) as (_, address), grpc.aio.secure_channel(address, mixed("ca", "first")) as old:
+    async with part(identity.files) as address, grpc.aio.secure_channel(address, mixed("ca", "first")) as old:
         assert await old.unary_unary(HEALTH)(b"") == SERVING
         assert await name_of(address) == "first"
         with capture_logs() as logs:
@@ -151,10 +174,11 @@ async def test_new_files_count_from_the_next_connection_on(identity: Identity) -
         assert await old.unary_unary(HEALTH)(b"") == SERVING
 
 
-async def test_while_files_are_half_replaced_the_last_good_ones_serve(identity: Identity) -> None:
+@both
+async def test_while_files_are_half_replaced_the_last_good_ones_serve(part: Part, identity: Identity) -> None:
     """What is wrong is said once, and forgotten when it is not."""
     files = identity.files
-    async with serving(files) as (_, address):
+    async with part(files) as address:
         with capture_logs() as logs:
             identity.replace(files.cert, "second.pem")
             assert [await name_of(address) for _ in range(3)] == ["first"] * 3
@@ -316,7 +340,7 @@ def test_bootstrap_writes_what_it_names(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_picker_is_one_of_those_named() -> None:
     """Plaintext by default; with the option its certificate has to name one of the addresses."""
     assert picker_cluster(Options()).transport_socket is None
-    options = Options(pickers=("picker.example.com:1", "[fd00::1]:2"), picker_tls_sds="/sds")
+    options = Options(pickers=("picker.example.com:1", "[fd00::1]:2", "[fd00::1]:3"), picker_tls_sds="/sds")
     context = picker_cluster(options).transport_socket.typed_config.unpack().common_tls_context
     names = context.combined_validation_context.default_validation_context.match_typed_subject_alt_names
     assert [(name.san_type.name, name.matcher.exact) for name in names] == [

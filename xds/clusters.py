@@ -194,7 +194,7 @@ def _tls(directory: str, addresses: Sequence[str]) -> TransportSocket:
             san_type=SanType.IP_ADDRESS if _is_static(address) else SanType.DNS,
             matcher=StringMatcher(exact=_host(address)),
         )
-        for address in addresses
+        for address in {_host(address): address for address in addresses}.values()  # each host once
     ]
     common = CommonTlsContext(
         alpn_protocols=["h2"],

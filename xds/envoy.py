@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import ipaddress
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from envoy_data_plane.envoy.extensions.filters.http.header_to_metadata.v3 import
 from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
+import bootstrap
 from xds.model import ObjectRef, PortListener, VirtualHost
 
 PICK_HEADER = "x-vllm-pick"
@@ -42,6 +44,8 @@ HEADER_MUTATION = "envoy.filters.http.header_mutation"
 # In order of work, see xds/listeners.py; routes switch them on.
 SWITCHED = (JSON_TO_METADATA, HEADER_TO_METADATA, EXT_PROC, BUFFER, SET_FILTER_STATE, HEADER_MUTATION)
 BODY_LIMIT = 32 * 1024 * 1024  # bytes of a request body: 8 M tokens of text, or some images; above it the answer is 413
+PICKER_TIMEOUTS = 0.001, 3600.0  # seconds: Envoy counts in milliseconds, and refuses more than an hour
+SOCKET_PATH = 107  # bytes of a unix socket's path: what Linux has room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,34 @@ class Options:
     `bind` is the address listeners bind. `pickers` are ext_proc addresses as Envoy reaches them: `host:port` or
     `unix:/path`. `picker_timeout` in seconds: what a hung picker may cost a request before it goes on unpicked.
     `picker_tls_sds` is the directory on the Envoys' machines with `bootstrap.secrets`' files; None: plaintext.
+    ValueError, with a sentence: an Envoy would refuse its listeners, or the picker's cluster, for this.
     """
 
     bind: str = "0.0.0.0"  # noqa: S104 - a gateway listens for everybody
     pickers: tuple[str, ...] = ("127.0.0.1:18001",)
     picker_timeout: float = 0.2
     picker_tls_sds: str | None = None
+
+    def __post_init__(self) -> None:
+        bind = ipaddress.ip_address(self.bind)
+        mapped = isinstance(bind, ipaddress.IPv6Address) and bind.ipv4_mapped
+        if bind.is_multicast or mapped or "%" in self.bind:
+            raise ValueError(f"expected an IP address to listen on, without a zone, found {self.bind}")
+        low, high = PICKER_TIMEOUTS
+        if not low <= self.picker_timeout <= high:
+            raise ValueError(f"expected a picker timeout of {low:g} to {high:g} seconds, found {self.picker_timeout:g}")
+        for picker in self.pickers:
+            _check_picker(picker)
+        if self.picker_tls_sds == "":
+            raise ValueError("expected a directory with the picker's TLS secrets, found an empty name")
+
+
+def _check_picker(address: str) -> None:
+    if address.startswith("unix:/"):
+        if len(address.removeprefix("unix:").encode()) > SOCKET_PATH:
+            raise ValueError(f"expected a socket path of at most {SOCKET_PATH} bytes, found {address}")
+    elif "%" in bootstrap.split_address(address)[0]:
+        raise ValueError(f"expected an address without a zone, found {address}")
 
 
 def listener_name(source: PortListener) -> str:

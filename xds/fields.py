@@ -25,12 +25,16 @@ _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A rule for a string: what to call it in a message, its length in characters, the pattern all of it must match."""
+    """A rule for a string: what to call it in a message, its length in characters, the pattern all of it must match.
+
+    `reason` is that of a value that does not match: UnsupportedValue where the API allows it and Envoy does not.
+    """
 
     expected: str
     longest: int
     pattern: re.Pattern[str] | None = None
     shortest: int = 1
+    reason: str = "Invalid"
 
 
 NAME = Text("a lower-case DNS name", 253, re.compile(_SUBDOMAIN))  # metadata.name, listener and section names
@@ -41,8 +45,18 @@ KIND = Text("a kind", 63, re.compile(r"[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?"))
 HOSTNAME = Text("a lower-case host name, possibly *.suffix", 253, re.compile(rf"(\*\.)?{_SUBDOMAIN}"))
 PRECISE_HOSTNAME = Text("a lower-case host name without *", 253, re.compile(_SUBDOMAIN))
 HEADER_NAME = Text("an HTTP header name", 256, re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+"))
-# The CRD allows any text; Envoy refuses the whole response for a header value with CR, LF or NUL.
-HEADER_VALUE = Text("text without control characters", 4096, re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]+"))
+# The CRD allows any text; Envoy refuses the whole response for a header value with CR, LF or NUL, and blanks at
+# its ends are no part of one (RFC 9110, section 5.5).
+HEADER_VALUE = Text(
+    "text without control characters, and without blanks at its ends",
+    4096,
+    re.compile(r"(?![ \t])[^\x00-\x08\x0a-\x1f\x7f]+(?<![ \t])"),
+    reason="UnsupportedValue",
+)
+# Of one connection and not of the request: Envoy takes them off before it looks for a route, and sends its own.
+CONNECTION_HEADERS = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
+# One character of a URL's path, as a regular expression (RFC 3986, section 3.3).
+PATH_CHARACTER = r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})"
 LABEL_VALUE = Text("a label value", 63, re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?"), shortest=0)
 # Kubernetes bounds all annotations of an object together, and a key is a name of 63 behind a prefix of 253 characters.
 ANNOTATION = Text("text", 256 * 1024, shortest=0)
@@ -222,5 +236,5 @@ def _text(value: object, rule: Text, path: str) -> str:
     # A lone surrogate (JSON can spell one) has no UTF-8 form and would fail later, while a message is encoded.
     surrogate = not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)
     if surrogate or (rule.pattern and not rule.pattern.fullmatch(value)):
-        raise FieldError(path, f"expected {rule.expected}, found {describe(value)}")
+        raise FieldError(path, f"expected {rule.expected}, found {describe(value)}", rule.reason)
     return value

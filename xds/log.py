@@ -26,11 +26,12 @@ def configure(fmt: str = "auto", level: str = "info", stream: TextIO | None = No
     )
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,  # which worker of several says it
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S" if readable else "iso", utc=not readable),
             *renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(out),
+        logger_factory=structlog.WriteLoggerFactory(out),  # a line at once: several workers write to one stream
         cache_logger_on_first_use=False,
     )

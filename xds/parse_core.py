@@ -125,8 +125,10 @@ def _is_tcp(port: Reader) -> bool:
 
 
 def _check_address(address: str, field: str) -> None:
-    """Envoy refuses the whole response for one endpoint whose address is not an IP."""
+    """Envoy refuses the whole response for one endpoint whose address is not an IP, or has a zone it does not know."""
     try:
         ip_address(address)
     except ValueError:
         raise FieldError(field, f"expected an IP address, found {describe(address)}") from None
+    if "%" in address:
+        raise FieldError(field, f"expected an IP address without a zone, found {describe(address)}")

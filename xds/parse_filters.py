@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from xds.fields import HEADER_NAME, HEADER_VALUE, KIND, PRECISE_HOSTNAME, Reader, Text, describe
+from xds.fields import (
+    CONNECTION_HEADERS,
+    HEADER_NAME,
+    HEADER_VALUE,
+    KIND,
+    PATH_CHARACTER,
+    PRECISE_HOSTNAME,
+    Reader,
+    Text,
+    describe,
+)
 from xds.model import (
     ConditionType,
     Filters,
@@ -29,7 +39,20 @@ BACKEND_FILTERS = {
 RULE_FILTERS = BACKEND_FILTERS | {"RequestRedirect": "requestRedirect", "URLRewrite": "urlRewrite"}
 REDIRECTS = (301, 302, 303, 307, 308)
 
-_NEW_PATH = Text("a path without spaces and control characters", 1024, re.compile(r"[^\x00-\x20\x7f]*"), shortest=0)
+# The API allows any text. Envoy would send it as it is, where a URL has no place for it.
+_NEW_PATH = Text(
+    "a path, percent-encoded", 1024, re.compile(rf"{PATH_CHARACTER}*"), shortest=0, reason="UnsupportedValue"
+)
+_NEW_LOCATION = Text(  # for a redirect of the full path: its query replaces that of the request
+    "a path and perhaps a query, percent-encoded",
+    1024,
+    re.compile(rf"{PATH_CHARACTER}*(?:\?(?:\?|{PATH_CHARACTER})*)?"),
+    shortest=0,
+    reason="UnsupportedValue",
+)
+# Envoy sends these as they are set. Those that say where a message ends would make its body the next request on the
+# connection to the pod, or be waited for; over HTTP/2 each is an error that may end the connection.
+_NOT_SET = CONNECTION_HEADERS | {"content-length"}
 
 
 def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | Problem:
@@ -54,14 +77,15 @@ def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | Prob
         _read_modifier(request) if request else None,
         _read_modifier(response) if response else None,
         _read_redirect(redirect) if redirect else None,
-        URLRewrite(_read_hostname(rewrite), _read_path(rewrite)) if rewrite else None,
+        URLRewrite(_read_hostname(rewrite), _read_path(rewrite, _NEW_PATH)) if rewrite else None,
     )
     if filters.redirect and filters.rewrite:
         message = "RequestRedirect beside URLRewrite; the rule answers 500"
         rejected.append(reader.reject("filters", message, "IncompatibleFilters"))
     for modifier in (filters.request_headers, filters.response_headers):
-        if modifier and "host" in _names(modifier):  # Envoy refuses the whole response for it
-            message = "no modifier can change Host, URLRewrite can; the rule answers 500"
+        for name in _unchangeable(modifier) if modifier else ():
+            hint = ", URLRewrite can" if name == "host" else ""
+            message = f"no modifier can change {name}{hint}; the rule answers 500"
             rejected.append(reader.reject("filters", message, "UnsupportedValue"))
     return Problem.of(ConditionType.ACCEPTED, rejected[0]) if rejected else filters
 
@@ -72,8 +96,11 @@ def _read_modifier(reader: Reader) -> HeaderModifier:
     )
 
 
-def _names(modifier: HeaderModifier) -> set[str]:
-    return {name.lower() for name in (*dict(modifier.set), *dict(modifier.add), *modifier.remove)}
+def _unchangeable(modifier: HeaderModifier) -> list[str]:
+    """The headers it names that are not its to change; Envoy refuses the whole response for Host."""
+    changed = {name.lower() for name, _ in (*modifier.set, *modifier.add)}
+    removed = {name.lower() for name in modifier.remove}
+    return sorted((changed & _NOT_SET) | ((changed | removed) & {"host"}))
 
 
 def _read_headers(reader: Reader, key: str) -> tuple[tuple[str, str], ...]:
@@ -92,7 +119,7 @@ def _read_redirect(reader: Reader) -> RequestRedirect:
     return RequestRedirect(
         reader.choice("scheme", ("http", "https"), ""),
         _read_hostname(reader),
-        _read_path(reader),
+        _read_path(reader, _NEW_LOCATION),
         reader.port("port", 0),
         status,
     )
@@ -102,9 +129,11 @@ def _read_hostname(reader: Reader) -> str:
     return reader.text("hostname", PRECISE_HOSTNAME, "")
 
 
-def _read_path(reader: Reader) -> PathModifier | None:
+def _read_path(reader: Reader, whole: Text) -> PathModifier | None:
+    """`whole` is the rule for a full path; in place of a prefix comes a path alone."""
     if reader.get("path") is None:
         return None
     path = reader.child("path")
-    full = path.choice("type", ("ReplaceFullPath", "ReplacePrefixMatch")) == "ReplaceFullPath"
-    return PathModifier(full, path.text("replaceFullPath" if full else "replacePrefixMatch", _NEW_PATH))
+    if path.choice("type", ("ReplaceFullPath", "ReplacePrefixMatch")) == "ReplaceFullPath":
+        return PathModifier(True, path.text("replaceFullPath", whole))
+    return PathModifier(False, path.text("replacePrefixMatch", _NEW_PATH))

@@ -198,8 +198,17 @@ def read_traffic_policy(document: Reader, meta: Meta) -> BackendTrafficPolicy:
         request_timeout=http.duration("requestTimeout"),
         stream_idle_timeout=http.duration("streamIdleTimeout"),
         connection_idle_timeout=http.duration("connectionIdleTimeout"),
-        connect_timeout=tcp.duration("connectTimeout"),
+        connect_timeout=_read_connect_timeout(tcp),
     )
+
+
+def _read_connect_timeout(tcp: Reader) -> float | None:
+    """0 would be no timeout, for which Envoy has no word."""
+    timeout = tcp.duration("connectTimeout")
+    if timeout == 0:
+        tcp.reject("connectTimeout", "expected more than 0s; the default is served", "UnsupportedValue")
+        return None
+    return timeout
 
 
 def _read_target(reader: Reader, namespace: str) -> tuple[ObjectRef, str] | None:

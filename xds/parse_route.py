@@ -2,7 +2,8 @@
 
 Schema: the CRD of kubernetes-sigs/gateway-api v1.6.1 (standard channel), with the rules it states in CEL. Gateway API
 lets no implementation skip a filter it does not know, so a rule with such a filter loses its backends and its redirect:
-what it matches is answered with an error, and the rest of the route is served.
+what it matches is answered with an error, and the rest of the route is served. A match that no request can meet, since
+Envoy compares it with something else than was written, is rejected with its route.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 from xds import regex
 from xds.fields import (
+    CONNECTION_HEADERS,
     GROUP,
     HEADER_NAME,
     HEADER_VALUE,
@@ -21,6 +23,7 @@ from xds.fields import (
     NAME,
     NAMESPACE,
     OBJECT_NAME,
+    PATH_CHARACTER,
     Reader,
     Text,
     describe,
@@ -45,10 +48,18 @@ from xds.parse_filters import BACKEND_FILTERS, RULE_FILTERS, read_filters
 MAX_MATCHES = 128  # of all rules of a route together
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 
-_PATH = Text("a path", 1024, re.compile(r"/(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})*"))
-_PATH_REGEX = Text("a regular expression", 1024)
+_PATH = Text("a path", 1024, re.compile(rf"/{PATH_CHARACTER}*"))
 _NOT_IN_PATH = re.compile(r"//|/\.\.?(?=/|$)|%2f", re.IGNORECASE)  # what a server would normalise, or decode to "/"
-_QUERY_VALUE = Text("text", 1024)
+# What is in no path when Envoy looks for a route. Percent-encoded letters, digits, "-", ".", "_" and "~" are decoded,
+# "\" becomes a separator, NUL is refused; "." and ".." are resolved whatever parameters they have behind a ";".
+_NORMALISED = re.compile(r"%(?:00|2[de]|3[0-9]|4[1-9a-f]|5[0-9acf]|6[1-9a-f]|7[0-9ae])|/\.\.?;", re.IGNORECASE)
+# Envoy compares names and values of the query as they are in the URL, encoded.
+_QUERY_NAME = Text("a name without # and &", 256, re.compile(r"[A-Za-z0-9!$%'*+\-.^_`|~]+"), reason="UnsupportedValue")
+_QUERY_VALUE = Text(
+    "a value as it is in a URL, percent-encoded", 1024, re.compile(r"[!\"$%'-~]+"), reason="UnsupportedValue"
+)
+_PATH_REGEX = _QUERY_REGEX = Text("a regular expression", 1024)
+_HEADER_REGEX = Text("a regular expression", 4096)
 
 
 def read_http_route(document: Reader, meta: Meta) -> HTTPRoute:
@@ -123,13 +134,20 @@ def _read_backend(reader: Reader, namespace: str) -> BackendRef | Problem:
 
 
 def _read_match(reader: Reader) -> RouteMatch:
-    headers = [_read_value(header, HEADER_VALUE) for header in reader.children("headers", 16)]
+    query = reader.children("queryParams", 16)
     return RouteMatch(
         _read_path(reader.child("path")),
-        _first_of_each(replace(header, name=header.name.lower()) for header in headers),
-        _first_of_each(_read_value(param, _QUERY_VALUE) for param in reader.children("queryParams", 16)),
-        reader.choice("method", METHODS, ""),
+        _first_of_each(_read_header(header) for header in reader.children("headers", 16)),
+        _first_of_each(_read_value(param, _QUERY_NAME, _QUERY_VALUE, _QUERY_REGEX) for param in query),
+        _read_method(reader),
     )
+
+
+def _read_method(reader: Reader) -> str:
+    method = reader.choice("method", METHODS, "")
+    if method == "CONNECT":
+        raise reader.error("method", "Envoy opens no tunnels here: CONNECT matches no request", "UnsupportedValue")
+    return method
 
 
 def _read_path(reader: Reader) -> PathMatch:
@@ -139,14 +157,24 @@ def _read_path(reader: Reader) -> PathMatch:
     value = reader.text("value", _PATH, "/")
     if _NOT_IN_PATH.search(value):
         raise reader.error("value", f"expected a path without //, /./, /../ and %2F, found {describe(value)}")
+    if encoded := _NORMALISED.search(value):
+        message = f"no path that Envoy compares has {encoded[0]} in it, found {describe(value)}"
+        raise reader.error("value", message, "UnsupportedValue")
     return PathMatch(kind, value)
 
 
-def _read_value(reader: Reader, rule: Text) -> ValueMatch:
-    name = reader.text("name", HEADER_NAME)
+def _read_header(reader: Reader) -> ValueMatch:
+    match = _read_value(reader, HEADER_NAME, HEADER_VALUE, _HEADER_REGEX)
+    name = match.name.lower()
+    if name in CONNECTION_HEADERS:
+        raise reader.error("name", f"{name} is a header of the connection: it matches no request", "UnsupportedValue")
+    return replace(match, name=name)
+
+
+def _read_value(reader: Reader, name: Text, exact: Text, expression: Text) -> ValueMatch:
     if reader.choice("type", (MatchType.EXACT, MatchType.REGEX), MatchType.EXACT) == MatchType.REGEX:
-        return ValueMatch(name, _read_regex(reader, rule), MatchType.REGEX)
-    return ValueMatch(name, reader.text("value", rule))
+        return ValueMatch(reader.text("name", name), _read_regex(reader, expression), MatchType.REGEX)
+    return ValueMatch(reader.text("name", name), reader.text("value", exact))
 
 
 def _read_regex(reader: Reader, rule: Text) -> str:

@@ -76,6 +76,7 @@ from xds.refusals import refused, unnamed
 
 KEPT = 10_000  # encoded routes, some 0.3 KB each: all of a large cluster, so that a change costs what it changes
 INVALID_BACKEND = "invalid-backend-ref"  # a cluster that never exists: its share of the requests is answered with 500
+UNREAD = "unread-body"  # another one
 LLM_IDLE_TIMEOUT = (
     600.0  # seconds without a byte: longer than a full queue and a long prefill, the silent part of an answer
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import ipaddress
 import re
 import resource
 import signal
@@ -14,6 +13,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ To try it:  vllm-xds serve --kubernetes --log-format console
 """
 
 LEASE_NAME = "vllm-xds"
+_HOSTNAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAMESPACED = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: of 1,000 clients each takes 0.1 s, and finds nothing
 MOST_FILES = 65_536  # three for each client and pod there may be
@@ -118,6 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picker as Envoy reaches it, HOST:PORT or unix:/path, repeatable (default: 127.0.0.1:18001)",
     )
     parser.add_argument(
+        "--picker-workers",
+        metavar="N",
+        type=count,
+        default=1,
+        help="each of them runs with `--workers N`: at N ports from that one on, or at PATH.0, PATH.1, ...",
+    )
+    parser.add_argument(
         "--picker-tls-sds",
         metavar="DIR",
         help="mutual TLS between Envoy and picker: where `vllm-xds bootstrap --tls-sds` wrote its files on each Envoy",
@@ -153,6 +161,13 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=log.LEVELS, default="info", help="the least of what is logged")
 
 
+def count(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, 1 or more, found {text}")
+    return int(text)
+
+
 def positive(text: str) -> float:
     """A number of seconds above 0."""
     value = float(text)
@@ -164,23 +179,33 @@ def positive(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     args.listen = args.listen or [bootstrap.DEFAULT_SERVER]
     try:
-        files = _check(args)
+        served, files = _check(args)
     except ValueError as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 2
     log.configure(args.log_format, args.log_level)
     raise_file_limit()
     try:
-        uvloop.run(_serve(args, files))
+        uvloop.run(_serve(args, served, files))
     except (DirectoryError, KubeError, tls.TlsError, OSError, RuntimeError) as error:
         print(f"vllm-xds serve: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
-    """The TLS files to serve with. ValueError with a sentence: wrong usage."""
-    ipaddress.ip_address(args.bind)
+def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
+    """What Envoys are told, and the TLS files to serve with. ValueError with a sentence: wrong usage."""
+    _check_kubernetes(args)
+    for address in (args.status, *args.listen):
+        bootstrap.split_address(address)
+    chosen = options(args)
+    for address in chosen.pickers:
+        if args.picker_tls_sds and address.startswith("unix:/"):
+            raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
+    return chosen, tls.chosen(args, args.listen)
+
+
+def _check_kubernetes(args: argparse.Namespace) -> None:
     for name in ("kubeconfig", "context", "namespace", "gateway_address", "gateway_service", "lease", "no_status"):
         if getattr(args, name) and not args.kubernetes:
             raise ValueError(f"--{name.replace('_', '-')} goes with --kubernetes")
@@ -189,20 +214,21 @@ def _check(args: argparse.Namespace) -> tls.TlsFiles | None:
     for name in ("lease", "gateway_service"):
         if getattr(args, name) and not _NAMESPACED.fullmatch(getattr(args, name)):
             raise ValueError(f"--{name.replace('_', '-')}: expected NAMESPACE/NAME, found {getattr(args, name)}")
+    for address in args.gateway_address or ():
+        if read_address(address)[0] == "Hostname" and not _HOSTNAME.fullmatch(address):
+            raise ValueError(f"--gateway-address: expected an IP address or a lower-case host name, found {address}")
     service = (args.gateway_service or "").partition("/")[0]
     if args.namespace and service not in ("", *args.namespace):
         raise ValueError(f"--gateway-service: namespace {service} is not read: add --namespace {service}")
-    for address in (args.status, *args.listen):
-        bootstrap.split_address(address)
-    for address in args.picker or ():
-        if not address.startswith("unix:/"):
-            bootstrap.split_address(address)
-        elif args.picker_tls_sds:
-            raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
-    return tls.chosen(args, args.listen)
 
 
-async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
+def options(args: argparse.Namespace) -> Options:
+    """What the operator says about the Envoys; every worker of every picker is one to them. ValueError, a sentence."""
+    workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
+    return Options(args.bind, tuple(chain.from_iterable(workers)), args.picker_timeout, args.picker_tls_sds)
+
+
+async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles | None) -> None:
     events = structlog.get_logger()
     metrics = Metrics()
     server = ManagementServer(metrics)
@@ -212,7 +238,7 @@ async def _serve(args: argparse.Namespace, files: tls.TlsFiles | None) -> None:
         Scraper(metrics, args.scrape_interval),
         metrics,
         interval=args.scrape_interval,
-        options=Options(args.bind, tuple(args.picker or Options().pickers), args.picker_timeout, args.picker_tls_sds),
+        options=served,
         controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
         in_flight=reports.in_flight,
     )

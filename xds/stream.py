@@ -59,6 +59,8 @@ MAX_NAME = 512  # characters of a name: the longest of ours, of a pool with the 
 
 MAX_MESSAGE = 2_000  # characters kept of a client's reason
 
+QUOTED = 200  # characters of a resource that are enough to know it
+CUT = "...(truncated)"  # the end of a message that Envoy has cut
 BROKEN_RULE = "Proto constraint validation failed"  # how Envoy says which rule of the proto a resource breaks
 
 # Lists of resources kept encoded: what clients that are up to date are sent at one time, one of each type and variant,
@@ -146,8 +148,13 @@ def _is_excess(names: Iterable[str], count: int) -> bool:
 
 
 def _reason(message: str) -> str:
-    """What is kept of a client's error message: where a rule is broken, Envoy quotes the whole resource before it."""
+    """What is kept of a client's error message: where a rule is broken, Envoy quotes the whole resource before it.
+
+    Of more than 4,096 bytes Envoy keeps the beginning, which then is the resource alone.
+    """
     place = message.rfind(BROKEN_RULE)
+    if place < 0 and message.endswith(CUT):
+        return f"{BROKEN_RULE}, it seems; Envoy's message ends before it says how: {message[:QUOTED]}"
     return message[max(place, 0) :][:MAX_MESSAGE]
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import grpc
 import structlog
@@ -19,6 +20,7 @@ import structlog
 OPTIONS = ("--tls-cert", "--tls-key", "--tls-ca")
 
 log = structlog.get_logger()
+Made = TypeVar("Made")
 
 
 class TlsError(Exception):
@@ -61,31 +63,72 @@ class TlsFiles:
 
 
 def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """For one port: only clients with a certificate of the CA; changed files count from the next handshake on.
+    """For one port of gRPC's own server: only clients with a certificate of the CA.
 
-    While they can not be used the last good ones do. Raises TlsError when they are wrong from the start.
+    Changed files count from the next handshake on; while they can not be used the last good ones do. Raises TlsError
+    when they are wrong from the start.
     """
-    current = files.read()
-    refusal = ""
+    watched = _Watched(files, _configuration)
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC at each handshake, in a thread of its own; None: as before."""
-        nonlocal current, refusal
-        try:
-            found = files.read()
-        except TlsError as error:
-            if refusal != str(error):
-                refusal = str(error)
-                log.error("certificate refused", reason=refusal)  # noqa: TRY400 - a sentence, no traceback
-            return None
-        refusal = ""
-        if found == current:
-            return None
-        current = found
-        log.info("certificate reloaded", cert=str(files.cert))
-        return _configuration(current)
+        return watched.made if watched.changed() else None
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(current), fetch, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(watched.made, fetch, require_client_authentication=True)
+
+
+def server_context(files: TlsFiles) -> ssl.SSLContext:
+    """The same for a port of asyncio's."""
+    watched = _Watched(files, lambda _: _context(files))
+
+    def choose(handshake: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        """Called by OpenSSL at each handshake, whether or not the client names a server."""
+        watched.changed()
+        handshake.context = watched.made
+
+    context = _context(files)
+    context.sni_callback = choose
+    return context
+
+
+class _Watched(Generic[Made]):
+    """What was made of the files when they last could be used. Mutable. Raises TlsError when they never could."""
+
+    def __init__(self, files: TlsFiles, make: Callable[[Pem], Made]) -> None:
+        self._files = files
+        self._make = make
+        self._refusal = ""
+        self._pem = files.read()
+        self.made = make(self._pem)
+
+    def changed(self) -> bool:
+        """Read them again; whether they are other ones, and good."""
+        try:
+            found = self._files.read()
+            if found == self._pem:
+                self._refusal = ""
+                return False
+            self.made = self._make(found)
+        except (TlsError, OSError) as error:  # OSError: they were replaced between two readings
+            if self._refusal != str(error):
+                self._refusal = str(error)
+                log.error("certificate refused", reason=self._refusal)  # noqa: TRY400 - a sentence, no traceback
+            return False
+        self._refusal, self._pem = "", found
+        log.info("certificate reloaded", cert=str(self._files.cert))
+        return True
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(files.cert, files.key, password="")
+    context.load_verify_locations(files.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+    context.options |= ssl.OP_NO_TICKET  # a resumed session would not ask for the certificate again
+    context.num_tickets = 0  # the same for TLS 1.3
+    return context
 
 
 def channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:

@@ -8,10 +8,23 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import grpc
 import pytest
 
-from bench import change_ack, figures, many_clients, page_cost, request_cpu, route_latency
+from bench import (
+    change_ack,
+    figures,
+    many_clients,
+    page_cost,
+    picker_memory,
+    request_cpu,
+    route_latency,
+    server_cost,
+    worker_hits,
+)
 from bench.closed_loop import SYSTEMS, USERS, AnswerError, Client, alternate, hammer, requests
+from bench.envoy import free_port
+from bench.grpc_servers import SERVERS
 from bench.instant_pod import ANSWER, InstantPod, reply, vllm_page
 from bench.many_clients import Server
 from bench.report import Table, cpu_seconds, number
@@ -202,8 +215,41 @@ async def test_requests_through_the_gateway() -> None:
         assert table.rows[0][5:] == ("",) * 4
         envoy, picker = await request_cpu.measure(rig, sizes=(2_000,), seconds=0.4, idle=0.2)
         assert envoy.columns == ("body", f"{PLAIN}, us", f"{PICKED}, us", f"{BY_MODEL}, us")
-        assert [len(row) for row in (*envoy.rows, *picker.rows)] == [4, 4]
+        assert [len(row) for row in (*envoy.rows, *picker.rows)] == [4, 5]
         assert positive(picker.rows[0][1:])
+        table = await server_cost.measure(
+            {server_cost.OURS: rig}, sizes=(2_000,), seconds=0.3, rounds=1, alone=5, idle=0.1
+        )
+        assert [row[:2] for row in table.rows] == [("2 KB", server_cost.OURS)]
+        assert positive((table.rows[0][2], table.rows[0][4]))
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_other_servers_answer(name: str) -> None:
+    """What the picker's own server is compared with does the same: messages of any size, one after another."""
+    server = SERVERS[name]({"/a.B/C": lambda message: message[::-1]})
+    address = f"127.0.0.1:{free_port()}"
+    await server.start([address])
+    try:
+        async with asyncio.timeout(20), grpc.aio.insecure_channel(address) as channel:
+            for message in (b"", b"abc", bytes(range(256)) * 1000):
+                assert await channel.unary_unary("/a.B/C")(message) == message[::-1]
+    finally:
+        await server.stop(0)
+
+
+def test_workers_pick_as_one() -> None:
+    """A row for one worker, and for two with and without shared memory; sharing loses no hits."""
+    table = worker_hits.measure((1, 2), requests=1200, seeds=(1,))
+    assert [row[0] for row in table.rows] == ["1, one", "2, shared", "2, separate"]
+    one, shared, separate = (float(row[1]) for row in table.rows)
+    assert abs(one - shared) < 1 < one - separate
+
+
+def test_memory_of_new_prompts() -> None:
+    """Each prompt has chunks of its own, and they are held."""
+    table = picker_memory.measure((0, 40))
+    assert [(row[0], row[3]) for row in table.rows] == [("0", "0"), ("40", "80")]
 
 
 @pytest.mark.envoy

@@ -92,9 +92,10 @@ status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
 class Gateway:
     """What one test works with. Write objects into `config`, then await `settled()`."""
 
-    def __init__(self, scratch: Path, *, delta: bool) -> None:
+    def __init__(self, scratch: Path, *, delta: bool, workers: int = 1) -> None:
         self.scratch = scratch
         self.delta = delta
+        self.workers = workers  # of the picker
         self.config = scratch / "config"
         self.source: KubernetesSource | None = None  # in place of the directory
         self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
@@ -140,13 +141,22 @@ class Gateway:
             self.metrics,
             interval=INTERVAL,
             # A busy machine may stall for longer than the 0.2 s of real life; no test here hangs a picker.
-            options=Options(bind="127.0.0.1", pickers=(f"127.0.0.1:{self.picker_port}",), picker_timeout=2.0),
+            options=Options(
+                bind="127.0.0.1",
+                pickers=bootstrap.worker_addresses(self._picker_address, self.workers),
+                picker_timeout=2.0,
+            ),
             in_flight=reports.in_flight,
         )
         await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
         configs = (self.source or DirectorySource(self.config)).configs()
         self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
+
+    @property
+    def _picker_address(self) -> str:
+        """Several workers need several addresses, and files are free."""
+        return f"127.0.0.1:{self.picker_port}" if self.workers == 1 else f"unix:{self.scratch}/picker.sock"
 
     async def stop_server(self) -> None:
         self._running.cancel()
@@ -177,8 +187,8 @@ class Gateway:
 
     async def start_picker(self, *options: str, until: str = "server connected") -> None:
         self.picker = await self._start_process(
-            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", f"127.0.0.1:{self.picker_port}"),
-            *("--metrics-address", "127.0.0.1:0", *options),
+            *("picker", "--server", f"127.0.0.1:{self.xds_port}", "--listen", self._picker_address),
+            *("--workers", str(self.workers), "--metrics-address", "127.0.0.1:0", *options),
             until=until,
         )
 
@@ -222,7 +232,7 @@ class Gateway:
 
     async def picking(self) -> None:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
-        await self.settled(clients=2)
+        await self.settled(clients=1 + self.workers)
         async with asyncio.timeout(BOUND):
             while not await self.healthy(PICKER_CLUSTER):
                 pass  # each look is a request to Envoy's admin API

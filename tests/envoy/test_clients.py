@@ -41,17 +41,28 @@ kind: Gateway
 metadata: {{name: models}}
 spec:
   gatewayClassName: envoy
-  listeners: [{{name: models, protocol: HTTP, port: {port}}}]
+  listeners:
+  - {{name: models, protocol: HTTP, port: {port}}}
+  - {{name: closed, protocol: HTTP, port: {closed_port}}}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
 metadata: {{name: by-model}}
 spec:
-  parentRefs: [{{name: models}}]
+  parentRefs: [{{name: models, sectionName: models}}]
   rules:
   - matches: [{{headers: [{{name: X-Gateway-Model-Name, value: "other(.|\\\\n)*", type: RegularExpression}}]}}]
     backendRefs: [{{name: other, port: 8000}}]
   - backendRefs: [{{group: inference.networking.k8s.io, kind: InferencePool, name: pool}}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: closed}}
+spec:
+  parentRefs: [{{name: models, sectionName: closed}}]
+  rules:
+  - matches: [{{headers: [{{name: X-Gateway-Model-Name, value: /model/qwen}}]}}]
+    backendRefs: [{{group: inference.networking.k8s.io, kind: InferencePool, name: pool}}]
 ---
 apiVersion: v1
 kind: Service
@@ -68,15 +79,16 @@ status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
 class Clients:
     """A gateway, its three ports, and a client that speaks in bytes."""
 
-    def __init__(self, gateway: Gateway, models_port: int, other: RecordingPod) -> None:
+    def __init__(self, gateway: Gateway, models_port: int, closed_port: int, other: RecordingPod) -> None:
         self.gateway = gateway
         self.other = other
         self.ports = {"llm": gateway.llm_port, "models": models_port, "plain": gateway.plain_port}
+        self._closed = closed_port  # where nothing but a model has a route
 
     async def send(self, port: str, parts: Iterable[bytes] | AsyncIterable[bytes]) -> int:
         """Write `parts` while reading; the final answer's status."""
         async with asyncio.timeout(BOUND):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.ports[port])
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.ports.get(port, self._closed))
             writing = asyncio.create_task(_write(writer, parts))
             try:
                 status = 100
@@ -139,15 +151,17 @@ async def clients(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cli
         other = gateway.pods.pop()
         assert isinstance(other, RecordingPod)
         gateway.write_objects()
-        port = free_port()
-        objects = MODELS.format(port=port, pod_port=gateway.pod_port, name=other.name, ip=other.address)
+        port, closed = free_port(), free_port()
+        objects = MODELS.format(
+            port=port, closed_port=closed, pod_port=gateway.pod_port, name=other.name, ip=other.address
+        )
         (gateway.config / "models.yaml").write_text(objects)
         await gateway.start_server()
         await gateway.start_envoy()
         await gateway.start_picker()
         await gateway.picking()
         assert gateway.control.rejections == ()
-        yield Clients(gateway, port, other)
+        yield Clients(gateway, port, closed, other)
     finally:
         await gateway.close()
 
@@ -302,6 +316,15 @@ async def test_large_bodies(clients: Clients) -> None:
                 assert await clients.send(port, post(body)) == 200
         sizes.append(clients.memory("VmRSS"))
     assert sizes[1] < sizes[0] + LEAK
+    await clients.assert_unharmed()
+
+
+async def test_large_bodies_where_only_models_match(clients: Clients) -> None:
+    """No route takes the request before its model is read: 20 MB are served, another model or none is not found."""
+    for model, status in (("/model/qwen", 200), ("gpt", 404), (None, 404)):
+        body = completion(model=model, padding="x" * 20_000_000)
+        assert await clients.send("closed", post(body)) == status
+    assert len(clients.received()) == 1
     await clients.assert_unharmed()
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import mmh3
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,14 +26,16 @@ from picker.cost import (
     Pool,
     PoolLoad,
 )
+from picker.memory import Memory, keys
 
 MANY = 1 << 20  # chunks: no bound in these tests
+SESSION = b"session."  # a hint's hash
 POD = PodLoad("a", kv_tokens=500_000, prefill_rate=10_000.0, start_time=1.0)
 
 
 def path(name: str, chunks: int) -> list[bytes]:
     """Chained hashes of a prompt of `chunks` chunks."""
-    return [f"{name}{i}".encode() for i in range(chunks)]
+    return [mmh3.mmh3_x64_128_digest(f"{name}-{i}".encode())[:8] for i in range(chunks)]
 
 
 def pool(*pods: PodLoad, pickers: int = 1, now: float = 0.0) -> Pool:
@@ -282,6 +285,35 @@ def test_a_model_nobody_reports_as_an_adapter_is_none() -> None:
     assert pool(*loads).pick([], 0, None, None, 0.0, None, "x") == "a"
 
 
+def test_a_burst_that_no_page_shows_counts() -> None:
+    """Requests that Envoys have in flight to a pod, and what was sent there since they said so, are there although its
+    page is older and shows none; without such reports the page is all there is."""
+    idle, busy = PodLoad("a", running=3.0), PodLoad("b", in_flight=9)
+    for age, picked in ((None, "b"), (0.5, "a")):
+        fleet = pool()
+        fleet.update(PoolLoad("p", (idle, busy), age), MANY, 0.0)
+        assert fleet.pick([], 0, None, None, 0.0) == picked
+
+
+def test_in_flight_is_what_is_fresher() -> None:
+    """What was sent before the Envoys' report is in it, what was sent since comes on top; a page with more counts."""
+    fleet = pool(PodLoad("a"))
+    pod = fleet._pods["a"]
+    for now in (1.0, 2.0, 3.0):
+        assert fleet.pick([], 0, None, None, now) == "a"
+
+    def busyness(in_flight: int, age: float | None, running: float = 0.0) -> float:
+        load = PodLoad("a", age=4.0, running=running, in_flight=in_flight)
+        fleet.update(PoolLoad("p", (load,), age), MANY, 4.0)
+        return pod.busyness(1)[0]
+
+    assert busyness(0, None) == 3  # sent since the page
+    assert busyness(7, 1.5) == 8  # one of them since the report
+    assert busyness(7, 0.0) == 7
+    assert busyness(1, 0.5) == 3  # an Envoy that does not report has some too
+    assert busyness(7, 1.5, running=10.0) == 13
+
+
 def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
     """Also those that no report shows running: as many as it has places, and none after a restart."""
     loads = tuple(adapted(waiting_adapters=("x", "y", "z")))
@@ -290,11 +322,11 @@ def test_a_pod_holds_the_adapters_it_was_sent_last() -> None:
     pod = fleet._pods[fleet.pick([], 0, None, None, 0.0, None, "x") or ""]
     assert pod.adapter_cost("x") == 0.0
     for adapter, held in (("y", "xy"), ("x", "xy"), ("z", "xz")):
-        pod.send([], None, adapter, 0.0, 0.0, 1, 0.0, DEFAULT_COSTS)
+        pod.send([], adapter, 0.0, 0.0, 0.0, DEFAULT_COSTS)
         assert [name for name in "xyz" if not pod.adapter_cost(name)] == list(held)
-    pod.report(replace(pod.load, running_adapters=("y",)), 1, MANY, 1.0)
+    pod.report(replace(pod.load, running_adapters=("y",)), MANY, 1.0)
     assert [name for name in "xyz" if not pod.adapter_cost(name)] == ["y", "z"]
-    pod.report(replace(pod.load, start_time=9.0, running_adapters=()), 1, MANY, 1.0)
+    pod.report(replace(pod.load, start_time=9.0, running_adapters=()), MANY, 1.0)
     assert [name for name in "xyz" if not pod.adapter_cost(name)] == []
 
 
@@ -347,23 +379,23 @@ def test_the_prefill_rate_of_an_unknown_pod_can_be_set() -> None:
 def test_a_hint_keeps_a_short_prompt(busier: float, stays: bool) -> None:
     """Below one chunk a session stays for what its tokens are worth: 500 of them, five running requests."""
     fleet = pool(POD, replace(POD, hash_key="b", running=9.0))
-    assert fleet.pick([], 500, None, None, 0.0, b"session") == "a"
+    assert fleet.pick([], 500, None, None, 0.0, SESSION) == "a"
     fleet.update(PoolLoad("p", (replace(POD, running=busier), replace(POD, hash_key="b"))), MANY, 2.0)
-    assert (fleet.pick([], 500, None, None, 2.0, b"session") == "a") is stays
+    assert (fleet.pick([], 500, None, None, 2.0, SESSION) == "a") is stays
 
 
 def test_a_hint_is_worth_one_chunk() -> None:
     """It says no more than that, whatever the prompt's length, and nothing where a chunk of the text was seen."""
     for tokens, cached in ((100, 100), (512, 512), (5000, 512)):
         fleet = pool(replace(POD, hash_key="a"))
-        fleet.pick([], tokens, None, None, 0.0, b"session")
+        fleet.pick([], tokens, None, None, 0.0, SESSION)
         pod = fleet._pods["a"]
-        assert pod.cached([], b"session", tokens) == cached
-        assert pod.cached([b"new"], b"session", tokens) == cached
-        assert pod.cached([], b"other", tokens) == pod.cached([], None, tokens) == 0
+        assert pod.cached([], keys([SESSION]), tokens) == cached
+        assert pod.cached(keys([b"new one."]), keys([SESSION]), tokens) == cached
+        assert pod.cached([], keys([b"another."]), tokens) == pod.cached([], [], tokens) == 0
     fleet = pool(replace(POD, hash_key="a"))
-    fleet.pick(path("x", 3), 2000, None, None, 0.0, b"session")
-    assert fleet._pods["a"].cached(path("x", 9), b"session", 5000) == 3 * 512
+    fleet.pick(path("x", 3), 2000, None, None, 0.0, SESSION)
+    assert fleet._pods["a"].cached(keys(path("x", 9)), keys([SESSION]), 5000) == 3 * 512
 
 
 @given(
@@ -387,3 +419,40 @@ def test_a_pick_is_always_a_known_pod(
         picked = send(fleet, path(str(family), chunks), now)
         fresh = any(pod.age >= 0 and now + pod.age <= STALE for pod in report.pods)
         assert picked in {pod.hash_key for pod in report.pods} if fresh else picked is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
+)
+def test_workers_that_share_their_memory_pick_as_one(events: list[tuple[int, int, float, bool]]) -> None:
+    """Whoever of three gets which request: each pick is the one a lone picker would have made, load reports between."""
+    alone = Pool(Random(1).random)
+    memory, random = Memory(), Random(1)
+    workers = [Pool(random.random, 1, memory, "p") for _ in range(3)]
+    now = 0.0
+    report = PoolLoad("p", tuple(pods("abcd")))
+    for each in (alone, *workers):
+        each.update(report, MANY, now)
+    for turn, (family, chunks, pause, reported) in enumerate(events):
+        now += pause
+        if reported:
+            report = PoolLoad("p", tuple(pods("abcd", running=float(turn), prefill_rate=1000.0 * (turn + 1))))
+            for each in (alone, *workers):
+                each.update(report, MANY, now)
+        asked = path(str(family), chunks)
+        assert send(workers[(turn * 7 + family) % 3], asked, now) == send(alone, asked, now)
+    assert workers[0].chunks == workers[1].chunks == alone.chunks
+
+
+def test_what_others_sent_between_two_looks_is_shared_out() -> None:
+    """Of ten requests that another worker sent in the second before a report that is half a second old, five count."""
+    memory = Memory()
+    mine, other = (Pool(Random(1).random, 1, memory, "p") for _ in range(2))
+    for each in (mine, other):
+        each.update(PoolLoad("p", (POD,)), MANY, 10.0)
+    for tenth in range(1, 11):
+        send(other, [], 10.0 + tenth / 10)
+    mine.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    other.update(PoolLoad("p", (replace(POD, running=3.0, age=0.5),)), MANY, 11.0)
+    assert [each._pods["a"].busyness(1)[0] for each in (mine, other)] == [8.0, 8.0]
+    assert [each._pods["a"].busyness(4)[0] for each in (mine, other)] == [23.0, 23.0]

@@ -17,7 +17,7 @@ from picker.models import Models, Rule
 from picker.pick import Picker, PoolConfig
 from xds.wire import discovery_pb2 as wire
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource
-from xds.wire.load_pb2 import EndpointLoad
+from xds.wire.load_pb2 import EndpointLoad, InFlight
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
 from xds.wire.pool_config_pb2 import Costs as WireCosts
 from xds.wire.pool_config_pb2 import ModelRule, Objective, Saturation, Target
@@ -341,11 +341,27 @@ def test_every_field_arrives() -> None:
         "kv_tokens": 2**64 - 1,
         "prefill_rate": 3.0,
         "start_time": 4.0,
+        "in_flight": 7,
         "max_lora": 3,
         "running_adapters": ("a", "b"),
         "waiting_adapters": ("c",),
     }
     assert decode(resource(**fields), LOAD) == PoolLoad(POOL, (PodLoad("default/a", **fields),))
+
+
+@pytest.mark.parametrize("age", [0.0, 1.5])
+def test_in_flight_has_an_age_or_is_unknown(age: float) -> None:
+    """An age of 0 is one too; an impossible one is refused."""
+
+    def with_age(value: float) -> Resource:
+        body = WirePoolLoad(name=POOL, in_flight=InFlight(age=value)).SerializeToString()
+        return Resource(name=POOL, resource=wire.Any(type_url=LOAD, value=body))
+
+    assert decode(with_age(age), LOAD) == PoolLoad(POOL, (), age)
+    assert decode(resource(), LOAD) == PoolLoad(POOL, (PodLoad("default/a"),))
+    for bad in (-1.0, nan, inf):
+        with pytest.raises(ValueError, match="in_flight"):
+            decode(with_age(bad), LOAD)
 
 
 async def test_staleness_is_said_when_it_changes() -> None:

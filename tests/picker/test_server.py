@@ -1,5 +1,6 @@
 """picker/server.py over real sockets: what Envoy sends, and what it must get."""
 
+import asyncio
 import json
 import socket
 import time
@@ -13,9 +14,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
+from picker.listen import AddressError
 from picker.metrics import PickerMetrics
 from picker.pick import Pick, Picker, Reason
-from picker.server import FILTER, HEALTH, PROCESS, REQUEST, UNCHANGED, AddressError, PickerServer, encode_answer
+from picker.server import FILTER, HEALTH, PROCESS, REQUEST, UNCHANGED, PickerServer, encode_answer
 from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest
 
 POOL = "pool/default/qwen"
@@ -27,6 +29,7 @@ class Service:
     """A started picker server and a client's channel to it."""
 
     channel: grpc.aio.Channel
+    port: str
 
     def __init__(self) -> None:
         self.now = time.monotonic
@@ -54,6 +57,7 @@ async def serving(address: str = "127.0.0.1:0") -> AsyncIterator[Service]:
     service = Service()
     (bound,) = await service.server.start([address])
     try:
+        service.port = bound.rpartition(":")[2]
         async with grpc.aio.insecure_channel(bound, options=OPTIONS) as service.channel:
             yield service
     finally:
@@ -121,6 +125,20 @@ async def test_what_is_no_request_fails_open_and_is_said_once() -> None:
             ("pick failed", "DecodeError"),
             ("pick failed", "ValueError"),
         ]
+        assert await service.ask(request(CHAT)) == [PICKED]
+
+
+async def test_a_client_that_breaks_the_protocol_is_told_and_left() -> None:
+    """GOAWAY and the end of the connection, counted each time, logged once a kind; others are served."""
+    async with serving() as service:
+        with capture_logs() as logs:
+            for _ in range(2):
+                reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                assert (await reader.read()).endswith(b"this is not HTTP/2")
+                writer.close()
+        assert service.metric("client_errors_total", code="PROTOCOL_ERROR") == 2
+        assert [(line["event"], line["code"]) for line in logs] == [("client refused", "PROTOCOL_ERROR")]
         assert await service.ask(request(CHAT)) == [PICKED]
 
 

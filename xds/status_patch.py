@@ -175,8 +175,8 @@ def _conditions(wanted: Iterable[Condition], live: object, own: frozenset[Condit
     left = {each.type.value: each for each in wanted}
     found: list[Json] = []
     for entry in _mappings(live):
-        kind = entry.get("type")
-        if isinstance(kind, str) and kind in left:
+        kind = str(entry.get("type"))
+        if kind in left:
             found.append(_condition(left.pop(kind), entry, now))
         elif kind not in own:
             found.append(dict(entry))
@@ -223,7 +223,7 @@ def _version(bundle: str, generation: int) -> Condition:
 
 def _gateway(status: Status, live: Mapping[str, object], addresses: Sequence[Address], now: str) -> Json:
     conditions, assigned = _address(status, addresses)
-    before = {entry.get("name"): entry for entry in _mappings(live.get("listeners"))}
+    before = {str(entry.get("name")): entry for entry in _mappings(live.get("listeners"))}
     return {
         "addresses": [{"type": kind, "value": value} for kind, value in assigned],
         "conditions": _conditions(conditions, live.get("conditions"), _IN_GATEWAY, now),

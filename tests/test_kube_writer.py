@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.apiserver import FakeApiServer
 from tests.apiserver_store import ApiError, Resource
 from tests.following import BOUND, eventually
 from xds import kube, kube_lease, kube_writer, lease, reflector, write_queue
+from xds.api_wire import Failure
 from xds.kube import KubernetesSource
 from xds.kube_client import connect
 from xds.kube_writer import Options, StatusWriter, observes
@@ -350,6 +351,27 @@ async def test_many_changes_are_no_storm(api: FakeApiServer, kubeconfig: Path, m
     assert api.at_once["PATCH"] in (kube_writer.WRITERS, kube_writer.WRITERS + 1)  # that of the Lease
 
 
+async def test_own_writes_are_no_conflict(
+    api: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written again before the watch has told of the last time is made from what the answer to that said."""
+    monkeypatch.setattr(write_queue, "SPACING", 0.0)
+    put(api, *WHOLE)
+    async with replica(kubeconfig) as one:
+        await one.settled()
+        api.faults.delay = 0.05
+        for i in range(8):
+            if i % 2:
+                put(api, service())
+            else:
+                api.store.delete(api.store.table("Service"), ("default", "web"))
+            await asyncio.sleep(0.06)
+        await eventually(lambda: parents(api) == {"gw": GOOD})
+        await one.settled()
+        assert one.writes("written", ["HTTPRoute"]) >= 3
+        assert one.writes("conflict") == 0
+
+
 async def test_a_war_is_not_joined(api: FakeApiServer, kubeconfig: Path) -> None:
     """Another program that overwrites what is ours is answered ever more slowly, and named in the log once."""
     put(api, *WHOLE)
@@ -541,20 +563,18 @@ async def test_the_lease_of_a_holder(api: FakeApiServer, kubeconfig: Path) -> No
 async def test_a_lease_that_is_given_back_is_taken_at_once(api: FakeApiServer, kubeconfig: Path) -> None:
     """Of two replicas one writes; when it stops in order, the other does within a moment."""
     put(api, *WHOLE)
-    async with replica(kubeconfig, "b") as two:
+    async with AsyncExitStack() as stack:
         async with replica(kubeconfig, "a") as one:
-            await eventually(lambda: one.writer.lease.leads() or two.writer.lease.leads())
-            first, second = (one, two) if one.writer.lease.leads() else (two, one)
-            await first.settled()
-            await eventually(lambda: second.configs)
-            assert not second.writer.lease.leads()
-            assert second.writes() == 0
-            if first is two:
-                return
+            await one.settled()
+            two = await stack.enter_async_context(replica(kubeconfig, "b"))
+            await eventually(lambda: two.configs and two.writer.lease.holder == "a")
+            assert not two.writer.lease.leads()
         await two.settled()
         assert holder(api) == "b"
+        assert two.writes() == 0
         put(api, route("r", "missing"))
         await eventually(lambda: parents(api) == {})
+        assert two.writes() >= 1
 
 
 async def test_without_the_lease_nothing_is_written(api: FakeApiServer, kubeconfig: Path) -> None:
@@ -571,6 +591,16 @@ async def test_without_the_lease_nothing_is_written(api: FakeApiServer, kubeconf
             assert parents(api) == {"gw": GOOD}
     told = [(e["event"], e["reason"]) for e in logs if e.get("what") == "lease"]
     assert told == [("write failed", "Forbidden"), ("write recovered", "Forbidden")]
+
+
+async def test_nothing_is_sent_when_the_time_is_over(api: FakeApiServer, kubeconfig: Path) -> None:
+    """A process may have stood still between its look at the clock and the write: that is not begun, and says why."""
+    async with aclosing(await connect(str(kubeconfig))) as client:
+        writer = StatusWriter(client, {}, Options(LEASE, "a", CONTROLLER_NAMES), Metrics())
+        answer = await writer._send("PATCH", "/api/v1/namespaces/default/services/web", {})
+        assert answer == Failure("Timeout", "the Lease is another's by now")
+        assert await client.get("/readyz", {}, 5.0, text=True) == b"ok"  # whatever was sent has arrived
+    assert api.requests == []
 
 
 SHORT = ((lease, "DURATION", 2), (lease, "TENURE", 1.2), (lease, "ANSWER", 0.4), (kube_lease, "ANSWER", 0.4))

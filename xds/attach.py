@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from xds.backends import granted, is_granted
+from xds.hostnames import ANY_HOST, covers, wider
+from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
     CORE,
     GATEWAY,
@@ -33,7 +35,6 @@ from xds.model import (
     Secret,
 )
 
-ANY_HOST = "*"
 NAME_LABEL = "kubernetes.io/metadata.name"  # a label that every namespace has, told or not
 
 Owned = tuple[Gateway, Listener]
@@ -52,7 +53,7 @@ class Findings:
     ones they were parsed with, `served` the listeners that some Envoy has, `gateways` the problems of whole Gateways.
     """
 
-    rejections: list[Rejection] = field(default_factory=list)
+    rejections: dict[Rejection, None] = field(default_factory=dict)
     controllers: dict[ObjectRef, str] = field(default_factory=dict)
     gateways: dict[ObjectRef, list[Problem]] = field(default_factory=dict)
     problems: dict[ListenerKey, dict[Problem, None]] = field(default_factory=dict)
@@ -63,8 +64,15 @@ class Findings:
     ) -> Rejection:
         """Note why `owner`, or the part of it at the path `where`, is not served as written."""
         rejection = Rejection(owner.meta.ref, reason, message, where, owner.meta.source, level)
-        self.rejections.append(rejection)
+        self.note(rejection)
         return rejection
+
+    def note(self, rejection: Rejection) -> None:
+        """Each once, in the order they were found, up to a bound."""
+        if len(self.rejections) < MAX_REJECTIONS:
+            self.rejections[rejection] = None
+        elif rejection not in self.rejections:
+            self.rejections[TOO_MANY] = None
 
     def blame(self, owned: Owned, problem: Problem) -> None:
         self.problems.setdefault(key_of(owned), {})[problem] = None
@@ -147,21 +155,10 @@ def overlapping(listeners: Iterable[Owned]) -> Iterator[tuple[Owned, Owned]]:
     """Of the HTTPS listeners of one port those whose hostname covers another's or is covered, with one such other."""
     by_host = {listener.hostname or ANY_HOST: (gateway, listener) for gateway, listener in listeners}
     for host, narrow in by_host.items():
-        for wide in _wider(host):
-            if wide in by_host:
+        for wide in wider(host):
+            if wide != host and wide in by_host:
                 yield narrow, by_host[wide]
                 yield by_host[wide], narrow
-
-
-def _wider(hostname: str) -> Iterator[str]:
-    """The wildcards that cover a hostname: `*.b.c`, `*.c`, `*` of `a.b.c`."""
-    labels = hostname.removeprefix("*.").split(".")
-    for i in range(0 if hostname.startswith("*.") else 1, len(labels)):
-        wide = "*." + ".".join(labels[i:])
-        if wide != hostname:
-            yield wide
-    if hostname != ANY_HOST:
-        yield ANY_HOST
 
 
 class Certificates:
@@ -310,13 +307,3 @@ def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
             yield hostname
         elif covers(hostname, listener.hostname):
             yield listener.hostname
-
-
-def covers(wide: str, narrow: str) -> bool:
-    """Whether every name `narrow` stands for is one of `wide`'s: equal, or under `*.suffix`, or `*`."""
-    return wide in (narrow, ANY_HOST) or (wide.startswith("*.") and narrow.removeprefix("*").endswith(wide[1:]))
-
-
-def specificity(hostname: str) -> tuple[bool, int]:
-    """Exact before wildcard, then the longer."""
-    return (not hostname.startswith("*"), len(hostname))

@@ -36,6 +36,8 @@ NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
 TLS_PROTOCOLS = ("https", "kubernetes.io/wss")  # appProtocols that plaintext can not reach
 
+MAX_ENDPOINTS = 100_000  # of all clusters together, but for the last one's: a pod is in each pool that selects it
+
 METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -66,6 +68,7 @@ class Backends:
     def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
         self._models = models
         self.clusters: dict[str, Cluster] = {}
+        self._room = MAX_ENDPOINTS
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
         # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
         self._pools = {(p.meta.ref.namespace, p.meta.ref.name): p for p in config.pools}
@@ -95,6 +98,7 @@ class Backends:
             self.clusters[found.name] = replace(
                 found.build(), models=found.models, connect_timeout=connect, connection_idle_timeout=idle
             )
+            self._room -= len(self.clusters[found.name].endpoints)
         return self.clusters[found.name]
 
     def problem(self, backend: BackendRef, route_namespace: str) -> tuple[str, str] | None:
@@ -108,6 +112,13 @@ class Backends:
         return self._pools.get((ref.namespace, ref.name)) if is_pool else None
 
     def _find(self, backend: BackendRef, route_namespace: str) -> _Found | tuple[str, str]:
+        found = self._look_up(backend, route_namespace)
+        if isinstance(found, _Found) and found.name not in self.clusters and self._room <= 0:
+            message = f"other backends have {MAX_ENDPOINTS} endpoints or more: {backend.ref} is given none"
+            return "TooManyEndpoints", message
+        return found
+
+    def _look_up(self, backend: BackendRef, route_namespace: str) -> _Found | tuple[str, str]:
         ref = backend.ref
         source = (GATEWAY, "HTTPRoute", route_namespace)
         if ref.namespace != route_namespace and not is_granted(self._grants, source, ref):

@@ -229,7 +229,7 @@ def _listener_status(gateway: Gateway, listener: Listener, attached: int, findin
 def _why_not(found: dict[ConditionType, Problem], is_served: bool) -> str:
     if is_served:
         return "only some of the Envoys it is for have it"
-    problem = next((found[kind] for kind in (ACCEPTED, CONFLICTED, RESOLVED_REFS) if kind in found), None)
+    problem = next((found[kind] for kind in (ACCEPTED, CONFLICTED, RESOLVED_REFS, PROGRAMMED) if kind in found), None)
     return problem.message if problem else "no Envoy is for it"
 
 

@@ -35,6 +35,7 @@ from xds.parse_inference import read_model, read_objective, read_pool, read_pool
 from xds.parse_outline import MAX_GENERATION, outline
 from xds.parse_route import read_http_route
 
+MAX_NOTES = 32  # rejections of one object: a route can have thousands of filters that are none of ours
 MAX_UNKNOWN = 16  # unknown fields named of one object: a person mends a few, a file of another kind has thousands
 # The annotations that are read. Of ten thousand pods all others would be kept for nothing: last-applied-configuration
 # alone is as large as its object.
@@ -111,7 +112,8 @@ def parse(document: object, source: str = "", default_namespace: str = "default"
     except FieldError as error:
         notes.append(error.rejection)
         refused = outline(document, ref, error.rejection) if ref and kind else None
-    rejections = tuple(replace(note, ref=ref, source=source) for note in notes)
+    told = notes if len(notes) <= MAX_NOTES else [*notes[: MAX_NOTES - 1], notes[-1]]  # the last may say why it is none
+    rejections = tuple(replace(note, ref=ref, source=source) for note in told)
     return Parsed(source, ref if kind else None, parsed, rejections, refused)
 
 

@@ -13,25 +13,24 @@ backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#ht
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 
 from xds.attach import (
-    ANY_HOST,
     Attachment,
     Certificates,
     Findings,
+    ListenerKey,
     Owned,
     attachments,
-    covers,
     distinct_listeners,
     key_of,
     our_gateways,
     overlapping,
-    specificity,
 )
 from xds.backends import Backends
 from xds.conditions import statuses
+from xds.hostnames import ANY_HOST, Attached, Port, Room, covers, specificity
 from xds.model import (
     BackendTrafficPolicy,
     Cluster,
@@ -40,7 +39,6 @@ from xds.model import (
     Filters,
     Forward,
     Gateway,
-    HTTPRoute,
     Listener,
     MatchType,
     ObjectRef,
@@ -50,7 +48,6 @@ from xds.model import (
     Respond,
     Route,
     RouteMatch,
-    RouteRule,
     Strategy,
     TlsChain,
     Topology,
@@ -62,40 +59,34 @@ from xds.models import pool_models
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
 
 MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
-
-
-@dataclass(frozen=True, slots=True)
-class _Attached:
-    """One rule of one route on one listener, under one hostname."""
-
-    hostname: str
-    listener: Listener
-    gateway: Gateway
-    route: HTTPRoute
-    rule: RouteRule
-    index: int
+# Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once
+# for each match, listener and hostname, and again in each virtual host its hostname covers: few objects make millions.
+MAX_ROUTES = 50_000
 
 
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, every reason why a part of it is not done, and what statuses say of it."""
     controllers = frozenset(controller_names)
     models, conflicts = pool_models(config)
-    findings = Findings(rejections=list(conflicts))
+    findings = Findings()
+    for conflict in conflicts:
+        findings.note(conflict)
     gateways = list(our_gateways(config, controllers, findings))
     groups = _groups(gateways, findings)
     attached = attachments(config, gateways, findings)
     backends = Backends(config, models)
     actions = _Actions(config, backends, findings)
     certificates = Certificates(config, findings)
+    room = Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
-        listeners += _ports(group, members, attached, actions, certificates, findings)
+        listeners += _ports(group, members, attached, actions, certificates, findings, room)
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
     return Topology(
         tuple(listeners),
         clusters,
-        tuple(dict.fromkeys(findings.rejections)),
+        tuple(findings.rejections),
         groups,
         certificates.used(),
         statuses(config, controllers, gateways, attached, backends, findings, conflicts),
@@ -108,9 +99,10 @@ def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) 
 def _groups(gateways: list[Gateway], findings: Findings) -> tuple[str, ...]:
     """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
     names = sorted({name for gateway in gateways for name in gateway.groups})
+    beyond = set(names[MAX_GROUPS:])
     for gateway in gateways:
         for name in gateway.groups:
-            if name in names[MAX_GROUPS:]:
+            if name in beyond:
                 message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
                 rejection = findings.reject(gateway, "TooManyGroups", message, "metadata.annotations")
                 problem = Problem.of(ConditionType.PROGRAMMED, rejection)
@@ -125,38 +117,58 @@ def _ports(
     actions: _Actions,
     certificates: Certificates,
     findings: Findings,
+    room: Room,
 ) -> Iterator[PortListener]:
     """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
-    distinct = distinct_listeners(gateways, findings)
-    owned = {key_of(pair): pair for pair in distinct if pair[1].protocol == "HTTP" or certificates.of(pair)}
-    findings.served |= owned.keys()
-    ports: dict[int, list[Owned]] = {}
-    for pair in owned.values():
-        ports.setdefault(pair[1].port, []).append(pair)
-    of_port = {port: [listener for _, listener in pairs] for port, pairs in ports.items()}
-    attached: dict[int, list[_Attached]] = {port: [] for port in ports}
-    for attachment in attachments:
+    by_port: defaultdict[int, list[Owned]] = defaultdict(list)
+    served: set[ListenerKey] = set()
+    for pair in distinct_listeners(gateways, findings):
+        here = by_port[pair[1].port]
+        if pair[1].protocol == "HTTP" or (certificates.of(pair) and _has_room(pair, here, findings, room)):
+            here.append(pair)
+            served.add(key_of(pair))
+    findings.served |= served
+    ports = {number: Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
+    for attachment in attachments:  # the oldest routes first, so that of too many the newest are left out
         for listener, hosts in attachment.listeners:
-            if (attachment.gateway.meta.ref, listener.name) in owned:
-                attached[listener.port] += _on_listener(attachment, listener, hosts, of_port[listener.port])
-    for port in sorted(ports):
-        owners = tuple({gateway.meta.ref: None for gateway, _ in ports[port]})
-        if of_port[port][0].protocol == "HTTP":
-            yield PortListener(port, tuple(_virtual_hosts(of_port[port], attached[port], actions)), group, owners)
+            if (attachment.gateway.meta.ref, listener.name) in served:
+                _fill(ports[listener.port], attachment, listener, hosts, findings, room)
+    for number, port in ports.items():
+        owners = tuple({gateway.meta.ref: None for gateway, _ in by_port[number]})
+        virtual_hosts = {host.hostname: host for host in _virtual_hosts(port, actions)}
+        if by_port[number][0][1].protocol == "HTTP":
+            yield PortListener(number, tuple(virtual_hosts.values()), group, owners)
         else:
-            _note_overlaps(ports[port], findings)
-            chains = [_chain(pair, ports[port], attached[port], actions, certificates) for pair in ports[port]]
-            yield PortListener(port, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
+            _note_overlaps(by_port[number], findings)
+            chains = [_chain(pair, by_port[number], port, virtual_hosts, certificates) for pair in by_port[number]]
+            yield PortListener(number, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
 
 
-def _on_listener(
-    attachment: Attachment, listener: Listener, hosts: Iterable[str], of_port: list[Listener]
-) -> Iterator[_Attached]:
+def _has_room(pair: Owned, of_port: list[Owned], findings: Findings, room: Room) -> bool:
+    """Whether there is room for what an HTTPS listener and the port's other ones answer to each other's hostnames."""
+    gateway, listener = pair
+    answers = 2 * len(of_port)
+    if answers > room.routes:
+        message = f"there are more than {MAX_ROUTES} routes with those of its port: {listener.name} is not served"
+        rejection = findings.reject(gateway, "TooManyRoutes", message, "spec.listeners")
+        findings.blame(pair, Problem.of(ConditionType.PROGRAMMED, rejection))
+        return False
+    room.routes -= answers
+    return True
+
+
+def _fill(
+    port: Port, attachment: Attachment, listener: Listener, hosts: Iterable[str], findings: Findings, room: Room
+) -> None:
     """The rules that a listener gets. Listener isolation: a hostname belongs to the most specific one of its port."""
+    route = attachment.route
     for host in hosts:
-        if _most_specific(of_port, host) is listener:
-            for index, rule in enumerate(attachment.route.rules):
-                yield _Attached(host, listener, attachment.gateway, attachment.route, rule, index)
+        if port.owner(host) is not listener:
+            continue
+        for index, rule in enumerate(route.rules):
+            if not port.add(Attached(host, listener, attachment.gateway, route, rule, index), room):
+                message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
+                findings.reject(route, "TooManyRoutes", message, f"spec.rules[{index}]")
 
 
 def _note_overlaps(owned: list[Owned], findings: Findings) -> None:
@@ -169,8 +181,8 @@ def _note_overlaps(owned: list[Owned], findings: Findings) -> None:
 def _chain(
     pair: Owned,
     of_port: list[Owned],
-    attached: list[_Attached],
-    actions: _Actions,
+    port: Port,
+    of_all: Mapping[str, VirtualHost],
     certificates: Certificates,
 ) -> TlsChain:
     """What an HTTPS listener serves to those who ask for its name by SNI: its own hosts.
@@ -179,8 +191,7 @@ def _chain(
     (RFC 9110, section 15.5.20).
     """
     listener = pair[1]
-    own = [each for each in attached if each.listener is listener]
-    hosts = {host.hostname: host for host in _virtual_hosts([listener], own, actions)}
+    hosts = {hostname: of_all[hostname] for hostname in port.hostnames_of(listener)}
     for _, other in of_port:
         hostname = other.hostname or ANY_HOST
         if other is not listener and hostname not in hosts and not covers(hostname, listener.hostname or ANY_HOST):
@@ -189,29 +200,20 @@ def _chain(
     return TlsChain(listener.hostname or ANY_HOST, certificates.of(pair), ordered)
 
 
-def _most_specific(listeners: Iterable[Listener], hostname: str) -> Listener:
-    """Of the listeners of one port, the one that takes the requests for `hostname`; one of them has to cover it."""
-    covering = [listener for listener in listeners if covers(listener.hostname or ANY_HOST, hostname)]
-    return max(covering, key=lambda listener: specificity(listener.hostname or ANY_HOST))
-
-
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
 
 
-def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
+def _virtual_hosts(port: Port, actions: _Actions) -> Iterator[VirtualHost]:
     """One for each hostname of a port; it also holds the rules of every wider hostname of its listener, after its own.
 
     Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
     matches go on to the less specific one, but never to another listener: a listener's own hostname has a virtual host
     even where no route has it, which answers 404 instead of a wider listener.
     """
-    hostnames = {a.hostname for a in attached} | {listener.hostname for listener in listeners if listener.hostname}
-    for hostname in sorted(hostnames):
-        owner = _most_specific(listeners, hostname)
+    for hostname in sorted(port.hostnames):
         candidates = [
             (specificity(a.hostname), a, match, j)
-            for a in attached
-            if a.listener is owner and covers(a.hostname, hostname)
+            for a in port.rules(hostname)
             for j, match in enumerate(a.rule.matches)
         ]
         candidates.sort(key=lambda c: _precedence(*c))
@@ -227,7 +229,7 @@ def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions
         yield VirtualHost(hostname, tuple(dict.fromkeys(routes)))
 
 
-def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
+def _precedence(host: tuple[bool, int], attached: Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
     """Gateway API's order (HTTPRouteRule.matches): hostname, then exact path, longer prefix, method, headers, query.
 
     A regular expression, whose place the API leaves open, comes between exact and prefix. Ties: the older route,
@@ -262,13 +264,13 @@ class _Actions:
                 self._policies.setdefault(target, policy)
         self._decided: dict[tuple[ObjectRef, int, ObjectRef, str], Forward | RequestRedirect | Respond] = {}
 
-    def of(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def of(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         key = (attached.route.meta.ref, attached.index, attached.gateway.meta.ref, attached.listener.name)
         if key not in self._decided:
             self._decided[key] = self._decide(attached)
         return self._decided[key]
 
-    def _decide(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def _decide(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         rule = attached.rule
         if rule.filters.redirect is not None:
             return rule.filters.redirect
@@ -298,7 +300,7 @@ class _Actions:
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),
         )
 
-    def _shares(self, attached: _Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
+    def _shares(self, attached: Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
         """(cluster name or "" for an invalid reference, weight above 0, filters) of each backendRef."""
         connect = _first(policy.connect_timeout for policy in policies)
         idle = _first(policy.connection_idle_timeout for policy in policies)

@@ -137,6 +137,18 @@ def test_class() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bundle", "said_so"),
+    [("v1.0.0", False), ("v1.1.1", False), ("v1.2.0", True), ("v1.6.1", True), ("v1.10.0", True), ("", True)],
+)
+def test_features_are_left_out_where_they_are_something_else(bundle: str, said_so: bool) -> None:
+    """CRDs of before v1.2 would refuse objects, and with them that the class is accepted."""
+    found = written(CLASS, Status(CLASS, 1, (condition(),), features=("A",)), live(), bundle=bundle)
+    assert found is not None
+    assert found["conditions"][0]["type"] == "Accepted"
+    assert ("supportedFeatures" in found) is said_so
+
+
+@pytest.mark.parametrize(
     ("bundle", "status", "reason"),
     [
         ("v1.0.0", "True", "SupportedVersion"),

@@ -38,6 +38,7 @@ MAX_MESSAGE = 2048  # characters: the API lets it have 32768, and an Envoy's ref
 MAX_PARENTS = 32  # entries of status.parents
 MAX_ADDRESSES = 16  # of a Gateway
 NEWEST_MINOR = 6  # of Gateway API v1, whose schemas the parsers follow
+FEATURES_MINOR = 2  # where supportedFeatures became objects: lists of names, as before, refuse the whole status
 _BUNDLE = re.compile(r"v1\.([0-9]{1,3})\.[0-9]")
 UNKNOWN_TIME = "1970-01-01T00:00:00Z"
 
@@ -204,18 +205,25 @@ def _class(status: Status, live: Mapping[str, object], bundle: str | None, now: 
     conditions, own = status.conditions, _IN_CLASS
     if bundle is not None:  # else what the class says of it, if anything, is of one who knew
         conditions, own = (*conditions, _version(bundle, status.generation)), own | {ConditionType.SUPPORTED_VERSION}
-    return {
-        "conditions": _conditions(conditions, live.get("conditions"), own, now),
-        "supportedFeatures": [{"name": name} for name in status.features],
-    }
+    found: Json = {"conditions": _conditions(conditions, live.get("conditions"), own, now)}
+    minor = _minor(bundle or "")
+    if minor is None or minor >= FEATURES_MINOR:
+        found["supportedFeatures"] = [{"name": name} for name in status.features]
+    return found
+
+
+def _minor(bundle: str) -> int | None:
+    """The 6 of v1.6.1; None for a version that is not of v1."""
+    found = _BUNDLE.match(bundle)
+    return int(found[1]) if found else None
 
 
 def _version(bundle: str, generation: int) -> Condition:
     """Whether the CRDs are of a release whose schemas are known here; of another, what is known is read."""
     kind = ConditionType.SUPPORTED_VERSION
     known = f"v1.0 to v1.{NEWEST_MINOR}"
-    found = _BUNDLE.match(bundle)
-    if found and int(found[1]) <= NEWEST_MINOR:
+    minor = _minor(bundle)
+    if minor is not None and minor <= NEWEST_MINOR:
         return Condition(kind, "True", "SupportedVersion", f"{bundle}, of {known}", generation)
     message = f"the CRDs of Gateway API are of version {bundle[:64] or 'unknown'}, known are those of {known}"
     return Condition(kind, "False", "UnsupportedVersion", message, generation)

@@ -221,6 +221,16 @@ def test_conflicts_within_a_gateway_have_no_winner() -> None:
     assert said(listeners["more"].conditions) == ACCEPTED | NO_CONFLICT | RESOLVED | PROGRAMMED
 
 
+def test_a_listener_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of HTTPS listeners whose answers to each other are too many, the last is not programmed and says why."""
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 1)
+    two = [listener(name, 443, f"{name}.io", certificates=["cert"]) for name in "ab"]
+    _, listeners = gateway_says(gateway(*two), secret())
+    assert said(listeners["a"].conditions) == ACCEPTED | NO_CONFLICT | RESOLVED | PROGRAMMED
+    assert said(listeners["b"].conditions) == ACCEPTED | NO_CONFLICT | RESOLVED | NOT_PROGRAMMED
+    assert "more than 1 routes" in message(listeners["b"].conditions, ConditionType.PROGRAMMED)
+
+
 def test_a_conflict_in_one_group_of_envoys() -> None:
     """The listener is served to the others and says that it is not served to all."""
     old = gateway(name="edge", groups=["edge"], created="2025-01-01T00:00:00Z")
@@ -393,6 +403,24 @@ def test_a_route_whose_newest_version_is_refused(reason: str, told: str, served:
     assert route_says(*objects, refused=refused) == [("gw2", {"Accepted": ("False", told)})]
     found = statuses(*objects, refused=refused)
     assert [each.attached for each in found[ref("Gateway", "gw")].listeners] == [0]
+
+
+def test_a_rule_without_room_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of its route is served, and the route accepted; one that is served whole has nothing of it."""
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 1)
+    found = statuses(gateway(), route(rule(), rule()))[ref("HTTPRoute", "route")].parents[0].conditions
+    assert said(found) == ACCEPTED | RESOLVED | {"PartiallyInvalid": ("True", "TooManyRoutes")}
+    assert message(found, ConditionType.PARTIALLY_INVALID).startswith("Dropped Rule spec.rules[1]: ")
+    assert route_says(gateway(), route(rule())) == [("gw", ACCEPTED | RESOLVED)]
+
+
+def test_a_backend_without_room_is_not_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is, and stays."""
+    monkeypatch.setattr("xds.backends.MAX_ENDPOINTS", 1)
+    objects = gateway(), service("other"), route(rule(), name="first"), route(rule(backend("other")))
+    found = statuses(*objects)[ref("HTTPRoute", "first")].parents[0].conditions
+    assert said(found) == ACCEPTED | RESOLVED
+    assert route_says(*objects) == [("gw", ACCEPTED | {"ResolvedRefs": ("False", "TooManyEndpoints")})]
 
 
 def test_a_route_of_nobody_has_no_status() -> None:

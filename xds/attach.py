@@ -50,7 +50,8 @@ class Findings:
     """What was found while one Config is resolved (mutable, one for each resolution).
 
     `controllers` are those of the Gateways that are ours, by their class. `problems` are those of listeners beside the
-    ones they were parsed with, `served` the listeners that some Envoy has, `gateways` the problems of whole Gateways.
+    ones they were parsed with, `served` the listeners that some Envoy has, `gateways` the problems of whole Gateways,
+    `dropped` of each route the first rule that there was no room for.
     """
 
     rejections: dict[Rejection, None] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Findings:
     gateways: dict[ObjectRef, list[Problem]] = field(default_factory=dict)
     problems: dict[ListenerKey, dict[Problem, None]] = field(default_factory=dict)
     served: set[ListenerKey] = field(default_factory=set)
+    dropped: dict[ObjectRef, Problem] = field(default_factory=dict)
 
     def reject(
         self, owner: Gateway | HTTPRoute, reason: str, message: str, where: str, level: Level = Level.ERROR

@@ -89,12 +89,16 @@ PARTIALLY_INVALID, OVERLAPPING_TLS = ConditionType.PARTIALLY_INVALID, ConditionT
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """An HTTPRoute at one of its parents: not accepted because of `problem`, if any; `references` None: all resolve."""
+    """An HTTPRoute at one of its parents: not accepted because of `problem`, if any; `references` None: all resolve.
+
+    `invalid` are the rules that are answered with 500, `dropped` says why one is not served at all.
+    """
 
     attachment: Attachment
     problem: Problem | None
     references: Problem | None
-    invalid: tuple[int, ...]  # rules that are answered with 500
+    invalid: tuple[int, ...]
+    dropped: Problem | None
 
 
 def statuses(
@@ -108,7 +112,7 @@ def statuses(
 ) -> tuple[Status, ...]:
     """Of every object that is ours, sorted by object. `conflicts` are those of models, as xds/models.py says."""
     refused = {each.object.meta.ref: each for each in config.refused}
-    judged = list(_judge(attachments, backends, refused))
+    judged = list(_judge(attachments, backends, refused, findings))
     attached = _count_routes(judged)
     referrers = _referrers(judged, backends)
     found = [_class_status(each) for each in config.gateway_classes if each.controller_name in controllers]
@@ -241,7 +245,7 @@ def _is(conditions: Iterable[Condition], kind: ConditionType, status: str) -> bo
 
 
 def _judge(
-    attachments: Iterable[Attachment], backends: Backends, refused: Mapping[ObjectRef, Refused]
+    attachments: Iterable[Attachment], backends: Backends, refused: Mapping[ObjectRef, Refused], findings: Findings
 ) -> Iterator[_Judged]:
     """Every attachment. Of a refused route it is the version served instead, which is not the accepted one."""
     references: dict[ObjectRef, Problem | None] = {}
@@ -255,7 +259,7 @@ def _judge(
             problem = Problem(ACCEPTED, refused[route.meta.ref].reason, refused[route.meta.ref].message)
         elif problem is None and invalid and len(invalid) == len(route.rules):
             problem = route.rules[0].problem
-        yield _Judged(each, problem, references[route.meta.ref], invalid)
+        yield _Judged(each, problem, references[route.meta.ref], invalid, findings.dropped.get(route.meta.ref))
 
 
 def _unresolved(route: HTTPRoute, backends: Backends) -> Problem | None:
@@ -296,6 +300,9 @@ def _parent_status(judged: _Judged, generation: int) -> ParentStatus:
         found = "; ".join(f"{i}: {problem.message}" for i in judged.invalid if (problem := rules[i].problem))
         message = f"Dropped Rule {found}"
         conditions.append(_true(PARTIALLY_INVALID, generation, message, "UnsupportedValue"))
+    elif judged.dropped and judged.problem is None:
+        message = f"Dropped Rule {judged.dropped.message}"
+        conditions.append(_true(PARTIALLY_INVALID, generation, message, judged.dropped.reason))
     return ParentStatus(attachment.parent, attachment.controller, tuple(conditions))
 
 

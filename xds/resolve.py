@@ -168,7 +168,8 @@ def _fill(
         for index, rule in enumerate(route.rules):
             if not port.add(Attached(host, listener, attachment.gateway, route, rule, index), room):
                 message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
-                findings.reject(route, "TooManyRoutes", message, f"spec.rules[{index}]")
+                rejection = findings.reject(route, "TooManyRoutes", message, f"spec.rules[{index}]")
+                findings.dropped.setdefault(route.meta.ref, Problem.of(ConditionType.PARTIALLY_INVALID, rejection))
 
 
 def _note_overlaps(owned: list[Owned], findings: Findings) -> None:

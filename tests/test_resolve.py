@@ -51,6 +51,7 @@ from xds.model import (
     PoolSettings,
     Renames,
     RequestRedirect,
+    Requirement,
     Respond,
     Route,
     RouteMatch,
@@ -166,7 +167,8 @@ def test_what_is_no_secret_is_no_certificate() -> None:
 
 
 def test_a_port_has_one_protocol() -> None:
-    """The older Gateway's; the other's listener is left out, with ProtocolConflict."""
+    """The older Gateway's; the other's listener is left out, with ProtocolConflict. Within one Gateway there is no
+    older one: both are left out."""
     topology = served(
         gateway(listener(port=443), name="old", created="2026-01-01T00:00:00Z"),
         gateway(listener("a", 443, "a.io", ["cert"]), listener("b", 444, certificates=["cert"]), name="new"),
@@ -174,6 +176,9 @@ def test_a_port_has_one_protocol() -> None:
     )
     assert [(li.port, bool(li.chains)) for li in topology.listeners] == [(443, False), (444, True)]
     assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [("new", "ProtocolConflict")]
+    topology = served(gateway(listener(port=443), listener("a", 443, "a.io", ["cert"]), listener("b", 80)), secret())
+    assert [li.port for li in topology.listeners] == [80]
+    assert reasons(topology) == ["ProtocolConflict"] * 2
 
 
 # --- groups of Envoys ---
@@ -361,6 +366,28 @@ def test_allowed_routes_select_by_the_labels_of_namespaces() -> None:
     topology = served(admitting, *routes, *spaces, service(namespace="one"))
     assert [name for host in routed(topology).values() for name in host] == ["one/route/0/0"]
     assert reasons(topology) == ["NotAllowedByListeners"] * 2
+
+
+@pytest.mark.parametrize(
+    ("requirement", "namespaces"),
+    [
+        (Requirement("team", "In", ("a", "b")), ["default", "two"]),
+        (Requirement("team", "NotIn", ("a",)), ["one", "two"]),
+        (Requirement("team", "Exists"), ["default", "two"]),
+        (Requirement("team", "DoesNotExist"), ["one"]),
+        (Requirement("kubernetes.io/metadata.name", "In", ("one",)), ["one"]),
+    ],
+)
+def test_allowed_routes_select_by_expressions(requirement: Requirement, namespaces: list[str]) -> None:
+    """As Kubernetes reads them; together with matchLabels all have to hold."""
+    labels = {"default": {"team": "a", "tier": "x"}, "one": {"tier": "x"}, "two": {"team": "b"}}
+    spaces = [Namespace(Meta(ObjectRef("", "Namespace", "", name), labels=each)) for name, each in labels.items()]
+    objects = [route(rule(backend(namespace=name)), namespace=name) for name in labels]
+    for selector in ({}, {"tier": "x"}):
+        of = listener(namespaces_from="Selector", requirements=(requirement,), selector=selector)
+        topology = served(gateway(of), *objects, *spaces)
+        names = [name for host in routed(topology).values() for name in host]
+        assert names == [f"{n}/route/0/0" for n in namespaces if selector.items() <= labels[n].items()]
 
 
 @pytest.mark.parametrize(
@@ -773,3 +800,49 @@ def test_routes_on_a_wide_and_a_narrow_hostname_of_one_route() -> None:
     both: HTTPRoute = route(rule(), hostnames=["*.a.io", "x.a.io"])
     names = ["default/route/0/0"]
     assert routed(served(gateway(), both)) == {(8080, "*.a.io"): names, (8080, "x.a.io"): names}
+
+
+def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hostname takes the rules of wider ones with it: what is beyond MAX_ROUTES is named, what was before stays."""
+    old, new = "2025-01-01T00:00:00Z", "2025-01-02T00:00:00Z"
+    wide = route(rule(matches=[exact("/a"), exact("/b")]), name="wide", created=old)
+    narrow = [route(name=name, hostnames=[f"{name}.io"], created=new) for name in "abc"]
+    late = route(rule(matches=[exact("/c"), exact("/d")]), name="late", created="2025-01-03T00:00:00Z")
+    objects: list[Object] = [gateway(), wide, *[replace(each, rules=(rule(),)) for each in narrow], late]
+    whole = served(*objects)
+    count = sum(len(host.routes) for host in whole.listeners[0].virtual_hosts)
+    assert (reasons(whole), count) == ([], 4 + 3 * 5)
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 9)
+    topology = served(*objects)
+    assert routed(topology) == {
+        (8080, "*"): ["default/wide/0/0", "default/wide/0/1"],
+        (8080, "a.io"): ["default/a/0/0", "default/wide/0/0", "default/wide/0/1"],
+        (8080, "b.io"): ["default/b/0/0", "default/wide/0/0", "default/wide/0/1"],
+    }
+    assert [(str(each.ref), each.reason, each.field) for each in topology.rejections] == [
+        ("HTTPRoute default/c", "TooManyRoutes", "spec.rules[0]"),
+        ("HTTPRoute default/late", "TooManyRoutes", "spec.rules[0]"),
+    ]
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", count)
+    assert served(*objects) == whole
+
+
+def test_https_listeners_of_a_port_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers for the hostnames of all others, so their number counts squared; the last ones are left out."""
+    listeners = [listener(name, 443, f"{name}.io", certificates=["cert"]) for name in "abcd"]
+    whole = served(gateway(*listeners), secret())
+    assert [len(chain.virtual_hosts) for chain in whole.listeners[0].chains] == [4] * 4
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 6)
+    topology = served(gateway(*listeners), secret())
+    assert [chain.hostname for chain in topology.listeners[0].chains] == ["a.io", "b.io", "c.io"]
+    assert reasons(topology) == ["TooManyRoutes"]
+
+
+def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first are told, and that there are more; one found twice is one."""
+    monkeypatch.setattr("xds.attach.MAX_REJECTIONS", 2)
+    both = gateway(listener("a", 80), listener("b", 81))
+    bad = route(rule(backend("no"), backend("none")))
+    assert reasons(served(both, bad)) == ["BackendNotFound", "BackendNotFound"]
+    bad = route(rule(backend("no"), backend("none")), parents=[parent("x"), parent()])
+    assert reasons(served(both, bad)) == ["NoMatchingParent", "BackendNotFound", "TooMany"]

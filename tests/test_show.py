@@ -9,19 +9,28 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from aiohttp import web
+from kubernetes_asyncio.client import Configuration
 
 from tests.ads_client import DeltaPeer, SotwPeer
 from tests.objects import config, gateway, gateway_class, listener, pool
 from tests.test_debug import LOAD, REJECTION, WARNING, A, Running, objects, running
-from xds import show
+from xds import debug, show
 from xds.__main__ import main
+from xds.kube_client import Client
+from xds.kube_lease import clock
+from xds.kube_writer import Options as WriterOptions
+from xds.kube_writer import StatusWriter
+from xds.lease import Record, Write
+from xds.metrics import Metrics
 from xds.scrape import Reading
 from xds.show import StatusError
 from xds.snapshot import CLUSTER, LISTENER, ROUTE
+from xds.status import serve_status
 
 __all__ = ["running"]  # the fixture
 
@@ -91,6 +100,37 @@ async def test_the_summary(running: Running) -> None:
     ]
     assert code == 0
     client.call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("holder", "line"),
+    [
+        ("me", "writes statuses: holds the Lease ns/l"),
+        ("other", "does not write statuses: other holds the Lease ns/l"),
+        ("", "does not write statuses: nobody is known to hold the Lease ns/l"),
+    ],
+)
+async def test_who_writes_statuses_is_shown(running: Running, holder: str, line: str) -> None:
+    """One line of the summary, for a server that may; the same as JSON in the page."""
+    await served(running)
+    client = Client(Configuration(host="http://127.0.0.1:1"))
+    writer = StatusWriter(client, {}, WriterOptions(("ns", "l"), "me", ("a.io/b",)), Metrics())
+    if holder == "me":
+        writer.lease._elector.found(None, 0.0)
+        step = writer.lease._elector.next(clock(), datetime.now(UTC))
+        assert isinstance(step, Write)
+        writer.lease._elector.written(Record("1", step.spec), clock())
+    else:
+        writer.lease._elector.found(Record("1", {"holderIdentity": holder}), clock())
+    pages = debug.pages(running.control, writer)
+    async with serve_status("127.0.0.1", 0, Metrics().registry, lambda: True, pages) as port:
+        _, lines = await status(f"127.0.0.1:{port}")
+        assert lines[3] == line
+        out = io.StringIO()
+        await show.show(f"127.0.0.1:{port}", out, as_json=True)
+        found = json.loads(out.getvalue())["statuses"]
+        assert found == {"lease": "ns/l", "identity": "me", "holder": holder, "writes": holder == "me"}
+    await client.aclose()
 
 
 async def test_groups_are_shown(running: Running) -> None:
@@ -257,6 +297,12 @@ async def answering(handler: Callable[[web.BaseRequest], Awaitable[web.StreamRes
 
 
 EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": [], "clients": []}
+BUSY = {"running": 0, "waiting": 10**400, "kv_usage": 0, "age": 1}
+HUGE = {
+    "name": "p",
+    "strategy": "DEFAULT",
+    "endpoints": [{"endpoint": "a", "address": "b", "weight": 1, "draining": False, **BUSY}],
+}
 
 
 @pytest.mark.parametrize(
@@ -274,11 +320,12 @@ EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": 
         json.dumps({**EMPTY, "pools": [7]}),
         json.dumps({**EMPTY, "pools": [{}]}),
         json.dumps({**EMPTY, "rejections": [{}]}),
+        json.dumps({**EMPTY, "pools": [HUGE]}),
     ],
     ids=lambda body: body[:12],
 )
 async def test_an_answer_of_another_shape(body: str) -> None:
-    """Whatever it is, there is one sentence."""
+    """Whatever it is, a number beyond every float included, there is one sentence."""
 
     async def handler(_: web.BaseRequest) -> web.Response:
         return web.Response(text=body)
@@ -287,6 +334,19 @@ async def test_an_answer_of_another_shape(body: str) -> None:
         with pytest.raises(StatusError) as told:
             await status(address)
         assert str(told.value) == f"{address} answers, but not as a management server of this version"
+
+
+async def test_nothing_of_an_answer_moves_the_cursor() -> None:
+    """Not even where only numbers and names of ours are expected."""
+    ports = [{"port": "\x1b[2J", "group": "", "routes": 0}, {"port": 1, "group": "\x1b]0;", "routes": 0}]
+
+    async def handler(_: web.BaseRequest) -> web.Response:
+        return web.json_response({**EMPTY, "ports": ports})
+
+    async with answering(handler) as address:
+        _, lines = await status(address)
+    assert "\x1b" not in "".join(lines)
+    assert " [2J;  ]0;: ports 1" in lines[0]
 
 
 async def test_another_http_server() -> None:

@@ -50,6 +50,7 @@ LOAD = 0.85  # of the comparisons at one load
 LIGHT = 0.7  # of the scenarios: a pod fewer is no overload yet
 CONFIGS = {"32B": CONFIG, "8B": SMALL}
 GUESS = 2.0  # requests a second and pod, where the search for capacity begins
+CAPACITY = {"chat": 9.15, "rag": 5.11, "prefixes": 5.37, "agent": 3.41, "random": 3.32}  # what it ends with at 32B
 TWO = (BASE, OURS)
 FEW = ("DEFAULT", *TWO)
 TIMELINE = "mooncake_conversation"  # the workload whose pods are shown over time, where it is there; else the first
@@ -117,12 +118,16 @@ def tasks(names: Mapping[str, str], found: Mapping[str, float], model: str, *, q
 
 
 def execute(
-    names: Mapping[str, str], model: str, jobs: int, seed: int, *, quick: bool
+    names: Mapping[str, str], known: Mapping[str, float], model: str, jobs: int, seed: int, *, quick: bool
 ) -> tuple[dict[str, float], dict[Case, list[Result]]]:
-    """Capacities by workload, then all tasks, over `jobs` processes; results in the order of the tasks."""
+    """Capacities that are not `known`, then all tasks, over `jobs` processes; results in the order of the tasks."""
     with ProcessPoolExecutor(jobs) as pool:
-        searches = {pool.submit(find_capacity, name, trace, model, quick=quick): name for name, trace in names.items()}
-        found = dict(_finished("capacities", searches))
+        searches = {
+            pool.submit(find_capacity, name, trace, model, quick=quick): name
+            for name, trace in names.items()
+            if name not in known
+        }
+        found = {**known, **dict(_finished("capacities", searches))}
         work = list(tasks(names, found, model, quick=quick))
         running = {pool.submit(run, task, seed, quick=quick): task.case for task in work}
         results = dict(_finished("jobs", running))
@@ -179,13 +184,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workload", action="append", metavar="NAME", help="only this one (repeat it for several)")
     parser.add_argument("--quick", action="store_true", help=f"seconds: {QUICK_PODS} pods, one load, three policies")
     parser.add_argument("--model", choices=CONFIGS, default="32B", help="what the pods serve (default: %(default)s)")
+    parser.add_argument(
+        "--capacity",
+        action="append",
+        type=_rate,
+        metavar="NAME=RATE",
+        default=[],
+        help="requests a second and pod that are 100 %% load of a workload, instead of a search for it; 0: search",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every result there, too")
     parser.add_argument("--write", action="store_true", help="write tables and plots into docs/")
     args = parser.parse_args(argv)
     names = {generated.name: "" for generated in GENERATED} | {Path(file).stem: file for file in args.trace}
-    if unknown := set(args.workload or ()) - set(names):
+    if unknown := {*(args.workload or ()), *dict(args.capacity)} - set(names):
         parser.error(f"unknown workload: {', '.join(sorted(unknown))} (there are {', '.join(names)})")
     if args.quick and args.write:
         parser.error("--quick has no figures to --write")
@@ -195,8 +208,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             workload(name, trace)
     except (OSError, TraceError) as error:
         parser.error(str(error))
+    given = (CAPACITY if args.model == "32B" and not args.quick else {}) | dict(args.capacity)
+    known = {name: rate for name, rate in given.items() if rate and name in names}
     began = time.monotonic()
-    found, results = execute(names, args.model, args.jobs, args.seed, quick=args.quick)
+    found, results = execute(names, known, args.model, args.jobs, args.seed, quick=args.quick)
     text = "\n".join(map(str, tables(found, results))) + _told(losses(results))
     print(text)
     progress(f"{time.monotonic() - began:.0f} s")
@@ -208,6 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, picture in plots(results).items():
             (DOCS / name).write_text(picture)
     return 0
+
+
+def _rate(text: str) -> tuple[str, float]:
+    name, _, rate = text.rpartition("=")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATE") from None
 
 
 def _told(lines: Sequence[str]) -> str:

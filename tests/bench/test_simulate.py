@@ -44,6 +44,8 @@ def test_the_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "words"),
     [
         (["--workload", "none"], "unknown workload: none (there are chat,"),
+        (["--capacity", "none=2"], "unknown workload: none (there are chat,"),
+        (["--capacity", "chat=fast"], "'chat=fast' is not NAME=RATE"),
         (["--trace", "/no/such/file"], "No such file"),
         (["--quick", "--write"], "--quick has no figures to --write"),
     ],

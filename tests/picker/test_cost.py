@@ -292,6 +292,17 @@ def test_a_blind_pod_takes_a_mean_share() -> None:
     assert 3 <= picks["d"] <= 7
 
 
+def test_a_blind_pod_is_taken_to_have_a_mean_queue() -> None:
+    """It costs what the only other pod costs, where requests wait: either is picked, and not always the blind one."""
+    loads = PoolLoad("p", (replace(POD, waiting=2.0), replace(POD, hash_key="b", age=-1.0)))
+    picks = set()
+    for seed in range(20):
+        made = Pool(Random(seed).random)
+        made.update(loads, MANY, 0.0)
+        picks.add(made.pick([], 100, None, None, 0.0))
+    assert picks == {"a", "b"}
+
+
 def test_what_a_pod_has_seen_is_bounded_by_its_cache() -> None:
     """The KV capacity over the chunk's tokens; a default when unknown; and the caller's bound."""
     for kv_tokens, bound, held in ((51_200, MANY, 100), (0, MANY, UNKNOWN_CHUNKS), (1 << 62, 50, 50)):

@@ -13,6 +13,7 @@ from bench.sim_run import POINTS, Result
 
 BASE = "EPP"  # what ratios are to
 OURS = "PREFIX_CACHE"
+MOMENTS = 150  # of a line over time: more are not told apart in a picture, and make it large
 NOISE = 0.02  # a ratio below 1 + NOISE is no loss, nor are hits within NOISE: another seed moves them as much
 
 
@@ -157,16 +158,17 @@ def by_load(results: Results, title: str, value: Callable[[Result], float]) -> s
 
 
 def over_time(found: Sequence[Result]) -> str:
-    """Requests in flight at each pod, a panel for each policy."""
+    """Requests in flight at each pod, a panel for each policy: MOMENTS of them, evenly."""
     most = max(max(moment.active) for result in found for moment in result.timeline)
     panels = []
     for result in found:
         pods = len(result.timeline[0].active)
+        shown = result.timeline[:: max(1, len(result.timeline) // MOMENTS)]
         panels.append(
             Panel(
                 result.policy,
                 [
-                    Line(f"pod {pod}", [(moment.at, moment.active[pod]) for moment in result.timeline])
+                    Line(f"pod {pod}", [(moment.at, moment.active[pod]) for moment in shown])
                     for pod in range(pods)
                 ],
                 "s",

@@ -6,10 +6,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 READY := .venv/.project
 WIRE := xds/wire/*.proto picker/wire/*.proto
+# For the tests of manifests/kubernetes: Debian 13's package, wherever it runs. `apt-cache show kubectl` there names it.
+KUBECTL := pool/main/k/kubernetes/kubectl_1.32.3+ds-2_amd64.deb
+KUBECTL_SHA256 := 9825aaf4c14913027aae04af8688e580459f781c829bd5de00cc4dc2cc5a867f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint golden bench chaos wire lock
+.PHONY: help demo test lint kubectl golden bench chaos wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -27,6 +30,8 @@ lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, 
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run
+
+kubectl: .venv/kubectl/usr/bin/kubectl ## fetch kubectl from Debian, for the tests of the Kubernetes manifests (16 MB)
 
 golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the difference before you commit it
 	@$(BIN)/python -m tests.goldens
@@ -48,6 +53,13 @@ lock: ## write requirements.lock anew: the newest versions within the bounds of 
 	@{ echo "# Exact versions of everything 'make demo' and 'make test' install. Written by 'make lock'."; \
 	   .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude vllm-xds; } > requirements.lock
 	@rm -rf .venv-lock
+
+# From the mirror of Debian that apt is set up with.
+.venv/kubectl/usr/bin/kubectl: .venv/.dependencies
+	@mirror=$$(apt-get indextargets --no-release-info --format '$$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$$') && \
+	  /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file "$${mirror}$(KUBECTL)" .venv/kubectl.deb SHA256:$(KUBECTL_SHA256)
+	@rm -rf .venv/kubectl && dpkg-deb -x .venv/kubectl.deb .venv/kubectl && rm .venv/kubectl.deb
+	@touch $@
 
 # Debian ships ensurepip in a package of its own (python3-venv). Without it a pip outside fills the venv, and with
 # neither, root gets the package installed; anyone else is told its name.

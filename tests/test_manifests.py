@@ -45,7 +45,7 @@ from tests.test_project import LOCK, PROJECT
 from xds import serve
 from xds.__main__ import COMMANDS
 from xds.check import check
-from xds.model import CORE, GATEWAY, INFERENCE, INFERENCE_X
+from xds.model import CORE, GATEWAY, INFERENCE, INFERENCE_X, LLM_D
 from xds.parse import KINDS
 from xds.resolve import CONTROLLER_NAMES
 from xds.tls import TlsError, TlsFiles, chosen
@@ -335,17 +335,16 @@ def _plural(kind: str) -> str:
     return f"{name[:-1]}ies" if name.endswith("cy") else f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-STATUSES = {  # those whose status is written
-    (GATEWAY, "GatewayClass"),
-    (GATEWAY, "Gateway"),
-    (GATEWAY, "HTTPRoute"),
-    (INFERENCE, "InferencePool"),
-    (INFERENCE_X, "InferencePool"),
-    (INFERENCE_X, "InferenceModel"),
+# Those whose status is written: all that are ours but what only grants or sets.
+STATUSES = {
+    (group, kind)
+    for group, kind in KINDS
+    if group in (GATEWAY, INFERENCE, INFERENCE_X, LLM_D) and kind != "ReferenceGrant"
 }
 WRITTEN = {(group, f"{_plural(kind)}/status", "patch") for group, kind in STATUSES} | {
     ("events.k8s.io", "events", "create")
 }
+CRD = {("apiextensions.k8s.io", "customresourcedefinitions", "get")}
 LEASE = {("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "patch")}
 READ = {(group, _plural(kind), verb) for group, kind in KINDS for verb in ("list", "watch")}
 SECRETS = {(CORE, "secrets", verb) for verb in ("list", "watch")}
@@ -358,18 +357,29 @@ CLUSTER = {  # what has no namespace, and so is granted everywhere or not at all
 
 
 def test_rbac_is_what_the_code_needs() -> None:
-    """Exactly the kinds that are parsed, to list and to watch; statuses, Events and one Lease; no Secrets, no more."""
+    """Exactly the kinds that are parsed, to list and watch; statuses, Events, one Lease and one CRD; no Secrets, no more."""
     granted = grants(of("overlays/quick"))
-    assert granted == {"": (READ - SECRETS) | WRITTEN, "vllm-xds": LEASE}
-    (lease,) = [rule for rule in one(of("server"), "Role", "vllm-xds-lease")["rules"] if "create" not in rule["verbs"]]
-    assert lease["resourceNames"] == ["vllm-xds"]
+    assert granted == {"": (READ - SECRETS) | WRITTEN | CRD, "vllm-xds": LEASE}
+    named = {
+        (resource, verb): rule["resourceNames"]
+        for each in of("server")
+        for rule in each.get("rules", ())
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+        if "resourceNames" in rule
+    }
+    assert named == {
+        ("leases", "get"): ["vllm-xds"],
+        ("leases", "patch"): ["vllm-xds"],
+        ("customresourcedefinitions", "get"): ["gatewayclasses.gateway.networking.k8s.io"],
+    }
     assert "*" not in {part for grant in granted[""] for part in grant}
 
 
 def test_rbac_of_some_namespaces_and_of_secrets(everything: list[Object]) -> None:
     """The same where it is asked for, and in the whole cluster GatewayClasses alone; Secrets with their component."""
     granted = grants(everything)
-    assert granted[""] == {grant for grant in READ | WRITTEN if grant in CLUSTER and grant[1] != "namespaces"}
+    assert granted[""] == {grant for grant in READ | WRITTEN if grant in CLUSTER and grant[1] != "namespaces"} | CRD
     read = {value.partition("=")[2] for value in container(everything, "server")["args"] if "--namespace=" in value}
     assert granted.keys() - {""} == read
     for namespace in read:

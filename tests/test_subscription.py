@@ -17,9 +17,9 @@ def opened(*names: str, tells_absence: bool = True, claim: str = "", **held: str
     return sub
 
 
-def send(sub: Subscription, resources: dict[str, Resource], *, keep_removed: bool = False) -> Change | None:
+def send(sub: Subscription, resources: dict[str, Resource], *kept: str) -> Change | None:
     """Plan a response and take it as sent."""
-    change = sub.plan(resources, keep_removed=keep_removed)
+    change = sub.plan(resources, kept=kept)
     if change is not None:
         sub.sent(Flight("1", "v", change, 0.0))
     return change
@@ -58,11 +58,11 @@ def test_initial_versions_leave_the_difference() -> None:
 
 
 def test_removed_resources_can_be_kept() -> None:
-    """`keep_removed` keeps what the client holds, and tells of what it does not hold all the same."""
-    sub = opened("a", "ghost", a="1")
-    assert send(sub, {}, keep_removed=True) == Change({}, frozenset({"ghost"}))
+    """What is `kept` and held is not told to be gone; what is not held is all the same, and so is the rest."""
+    sub = opened("a", "b", "ghost", a="1", b="1")
+    assert send(sub, {}, "a", "ghost") == Change({}, frozenset({"b", "ghost"}))
     sub.acked()
-    assert send(sub, {}, keep_removed=True) is None
+    assert send(sub, {}, "a", "ghost") is None
     assert send(sub, {}) == Change({}, frozenset("a"))
 
 

@@ -11,7 +11,7 @@ resource is refused: it is not sent again until it changes, and the client stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -56,6 +56,7 @@ class Subscription:
     empty_is_wildcard: bool
 
     opened: bool = False  # a request for this type has come
+    resumed: bool = False  # and it said what the client holds from an earlier stream
     wildcard: bool = False
     names: set[str] = field(default_factory=set)  # asked for by name
     # What the client has accepted. None: it has been told that the resource does not exist.
@@ -89,6 +90,7 @@ class Subscription:
         `claim` is SotW's version_info, `held` delta's initial_resource_versions (name -> version).
         """
         self.opened = True
+        self.resumed = bool(claim or held)
         self.set_names(names)
         self._claim = claim
         for name, version in (held or {}).items():
@@ -216,10 +218,12 @@ class Subscription:
         self.refused = {n: v for n, v in self.refused.items() if n in resources and resources[n].version == v}
         return bool(self.refused) or self._refused_whole == self.wanted(resources)
 
-    def plan(self, resources: Mapping[str, Resource], step: Step | None = None, *, keep_removed: bool) -> Change | None:
+    def plan(
+        self, resources: Mapping[str, Resource], step: Step | None = None, kept: Container[str] = ()
+    ) -> Change | None:
         """Return what to send now, None for nothing. At most one response is in flight: what comes meanwhile coalesces.
 
-        `keep_removed`: the client is to keep what it holds, even if the snapshot no longer has it.
+        `kept`: names that the client is to keep if it holds them, even if the snapshot no longer has them.
         """
         if self.flight is not None or not self.opened:
             return None
@@ -235,8 +239,8 @@ class Subscription:
         if not self.tells_absence:
             self._drop(remove)
             remove = frozenset()
-        elif keep_removed:
-            remove = frozenset(name for name in remove if self.held.get(name) is None)
+        else:
+            remove = frozenset(name for name in remove if self.held.get(name) is None or name not in kept)
         update = dict(islice(change.update.items(), self._limit))
         whole = len(update) == len(change.update) and (not self.tells_absence or len(remove) == len(change.remove))
         if update or remove or self.unanswered:
@@ -246,13 +250,25 @@ class Subscription:
             self._clean = resources
         return None
 
+    def assume(self, resources: Iterable[Resource]) -> None:
+        """Take it that the client holds these, whatever it says."""
+        self.held.update({resource.name: resource for resource in resources})
+        self._compare_all()
+
+    def claims_other(self, resources: Mapping[str, Resource]) -> bool:
+        """Whether a SotW client that wants all of these says it holds another version, and is not answered yet."""
+        return bool(self._claim) and self.wildcard and not self._believed(self.wanted(resources))
+
+    def _believed(self, wanted: Mapping[str, Resource]) -> bool:
+        return self.wildcard and not self.names and self._claim == version_of(wanted)
+
     def _check_claim(self, wanted: Mapping[str, Resource]) -> None:
         """Compare what a reconnecting SotW client says it holds with what it would be sent.
 
         Only a wildcard's version is believed. A client may have dropped a name and taken it up again since it was sent
         that version: it then waits for a resource that, going by the version, it has.
         """
-        if self.wildcard and not self.names and self._claim == version_of(wanted):
+        if self._believed(wanted):
             self.held.update(wanted)
             self.unanswered = False
             self.version_acked = self._claim

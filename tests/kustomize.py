@@ -1,51 +1,29 @@
-"""manifests/kubernetes as `kubectl kustomize` renders it, and what its objects say to each other.
-
-Without a kubectl (`make kubectl` fetches one) the tests that render are skipped.
-"""
+"""manifests/kubernetes as `kubectl kustomize` renders it, and what its objects say to each other."""
 
 from __future__ import annotations
 
 import functools
-import json
-import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from tests.goldens import ROOT
 
 KUBERNETES = ROOT / "manifests" / "kubernetes"
-FETCHED = ROOT / ".venv" / "kubectl" / "usr" / "bin" / "kubectl"
+KUBECTL = Path(sysconfig.get_path("scripts")) / "kubectl"
 
 Object = dict[str, Any]
-
-
-def find_kubectl() -> str | None:
-    """The fetched one, or one on PATH that knows components and labels (kubectl 1.27 has kustomize 5)."""
-    if FETCHED.exists():
-        return str(FETCHED)
-    found = shutil.which("kubectl")
-    if found is None:
-        return None
-    command = [found, "version", "--client", "--output", "json"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-    version = json.loads(told or "{}").get("kustomizeVersion", "")
-    return found if re.match(r"v([5-9]|\d\d)\.", version) else None
-
-
-KUBECTL = find_kubectl()
-needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="no kubectl with kustomize 5: `make kubectl` fetches one")
 
 
 @functools.cache
 def rendered(directory: Path) -> str:
     """The YAML that `kubectl apply -k directory` would send."""
-    assert KUBECTL is not None
+    assert KUBECTL.exists(), f"no {KUBECTL}: `make kubectl` fetches it"
     done = subprocess.run(
         [KUBECTL, "kustomize", str(directory)], capture_output=True, text=True, check=False, timeout=30
     )

@@ -34,7 +34,6 @@ from tests.kustomize import (
     containers,
     faults,
     grants,
-    needs_kubectl,
     objects,
     one,
     options,
@@ -49,8 +48,6 @@ from xds.model import CORE, GATEWAY, INFERENCE, INFERENCE_X, LLM_D
 from xds.parse import KINDS
 from xds.resolve import CONTROLLER_NAMES
 from xds.tls import TlsError, TlsFiles, chosen
-
-pytestmark = needs_kubectl
 
 OVERLAYS = ("overlays/quick", "overlays/mtls")
 EXAMPLES = ("example/vllm", "example/simulated", "example/seed", "example/v1")
@@ -357,7 +354,7 @@ CLUSTER = {  # what has no namespace, and so is granted everywhere or not at all
 
 
 def test_rbac_is_what_the_code_needs() -> None:
-    """Exactly the kinds that are parsed, to list and watch; statuses, Events, one Lease and one CRD; no Secrets, no more."""
+    """The kinds that are parsed, to list and watch; statuses, Events, one Lease and one CRD; no Secrets, no more."""
     granted = grants(of("overlays/quick"))
     assert granted == {"": (READ - SECRETS) | WRITTEN | CRD, "vllm-xds": LEASE}
     named = {

@@ -26,10 +26,10 @@ from bench.vllm_engine import EngineConfig
 from bench.vllm_server import SimulatedPod
 from tests.apiserver import FakeApiServer
 from tests.envoy.conftest import BOUND
-from tests.kustomize import KUBERNETES, Object, container, needs_kubectl, objects, one
+from tests.kustomize import KUBERNETES, Object, container, objects, one
 from tests.monitoring import expressions, metrics
 
-pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90), needs_kubectl]
+pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
 
 PORTS = ("18000", "19000", "19001", "19002", "19003")  # of the manifests, in places that say HOST:PORT or HOST/PORT
 CURL = {  # the example's

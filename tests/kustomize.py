@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -132,6 +133,9 @@ def _pod_faults(found: list[Object]) -> Iterator[str]:
         volumes, mounted = {volume["name"] for volume in spec.get("volumes", ())}, set()
         for each in containers(workload):
             mounted |= {mount["name"] for mount in each.get("volumeMounts", ())}
+            variables = set(re.findall(r"\$\((\w+)\)", " ".join(each.get("args", ()))))
+            unset = variables - {variable["name"] for variable in each.get("env", ())}
+            yield from (f"container {each['name']}: no variable {variable}" for variable in sorted(unset))
             ports = {port["name"] for port in each.get("ports", ())}
             probes = {each[probe]["httpGet"]["port"] for probe in each if probe.endswith("Probe")}
             yield from (f"container {each['name']}: a probe at its port {port}" for port in sorted(probes - ports))

@@ -44,9 +44,10 @@ from tests.test_project import LOCK, PROJECT
 from xds import serve
 from xds.__main__ import COMMANDS
 from xds.check import check
-from xds.model import CORE, GATEWAY, INFERENCE, INFERENCE_X, LLM_D
+from xds.model import CORE
 from xds.parse import KINDS
 from xds.resolve import CONTROLLER_NAMES
+from xds.status_patch import REPORTING
 from xds.tls import TlsError, TlsFiles, chosen
 
 OVERLAYS = ("overlays/quick", "overlays/mtls")
@@ -136,6 +137,12 @@ def _set(path: str, value: object) -> Callable[[Object], None]:
             _set("spec/template/spec/containers/0/readinessProbe/httpGet/port", "x"),
             "container server: a probe at its port x",
         ),
+        (
+            "Deployment",
+            "vllm-xds",
+            _set("spec/template/spec/containers/0/env/0/name", "x"),
+            "container server: no variable POD_NAMESPACE",
+        ),
         ("ClusterRoleBinding", "vllm-xds", _set("subjects/0/namespace", "x"), "no ServiceAccount x/vllm-xds"),
         ("RoleBinding", "vllm-xds-lease", _set("roleRef/name", "x"), "no Role x"),
     ],
@@ -176,6 +183,7 @@ def parsed(each: Object) -> argparse.Namespace:
     """The container's command line as our own parser reads it; SystemExit: it does not."""
     command = " ".join(each.get("command", ["vllm-xds", each["args"][0]]))
     arguments = each["args"] if "command" in each else each["args"][1:]
+    arguments = [argument.replace("$(POD_NAMESPACE)", "vllm-xds") for argument in arguments]
     if each["image"].startswith("envoyproxy/envoy:"):
         raise ValueError("not ours")
     if "bench.vllm_pod" in command:
@@ -247,6 +255,10 @@ def test_parts_find_each_other(name: str) -> None:
     sidecar = options(picker["args"])
     assert told["--picker"] == sidecar["--listen"]
     assert told["--picker-workers"] == sidecar["--workers"]
+    gateways = one(found, "Service", "vllm-xds-envoy")["metadata"]
+    assert told["--gateway-service"] == f"$(POD_NAMESPACE)/{gateways['name']}"
+    assert gateways["namespace"] == service["metadata"]["namespace"]
+    assert server["env"] == [{"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}]
     assert int(sidecar["--workers"]) > 1  # then the container outlives any of them
     directory = str(Path(sidecar["--listen"].removeprefix("unix:")).parent)
     for each in (bootstrap, picker, envoy):
@@ -332,13 +344,7 @@ def _plural(kind: str) -> str:
     return f"{name[:-1]}ies" if name.endswith("cy") else f"{name}es" if name.endswith("s") else f"{name}s"
 
 
-# Those whose status is written: all that are ours but what only grants or sets.
-STATUSES = {
-    (group, kind)
-    for group, kind in KINDS
-    if group in (GATEWAY, INFERENCE, INFERENCE_X, LLM_D) and kind != "ReferenceGrant"
-}
-WRITTEN = {(group, f"{_plural(kind)}/status", "patch") for group, kind in STATUSES} | {
+WRITTEN = {(group, f"{_plural(kind)}/status", "patch") for group, kind in REPORTING} | {
     ("events.k8s.io", "events", "create")
 }
 CRD = {("apiextensions.k8s.io", "customresourcedefinitions", "get")}
@@ -366,8 +372,8 @@ def test_rbac_is_what_the_code_needs() -> None:
         if "resourceNames" in rule
     }
     assert named == {
-        ("leases", "get"): ["vllm-xds"],
-        ("leases", "patch"): ["vllm-xds"],
+        ("leases", "get"): [serve.LEASE_NAME],
+        ("leases", "patch"): [serve.LEASE_NAME],
         ("customresourcedefinitions", "get"): ["gatewayclasses.gateway.networking.k8s.io"],
     }
     assert "*" not in {part for grant in granted[""] for part in grant}
@@ -484,6 +490,44 @@ def test_paths_of_the_document_exist() -> None:
     paths = set(re.findall(r"manifests/[\w/.-]*[\w]", text))
     assert len(paths) > 5
     assert {path for path in paths if not (ROOT / path).exists()} == set()
+
+
+EVENTS = {
+    *("client without gateway", "configuration empty", "resource missing", "scrape failed", "server unreachable"),
+    *("status contested", "watch failed", "write failed"),
+}
+OF_OTHERS = {"kubectl describe", "no healthy upstream", "no matches for kind", "upstream connect error"}
+OUTPUT = {"is beyond loopback": "xds/tls.py", "never read": "xds/show.py", "writes statuses": "xds/show.py"}
+
+
+def test_what_the_document_points_kubectl_at_exists() -> None:
+    """Workloads, containers, objects and ports are in the manifests by these names."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    found = [*of("overlays/quick"), *of("example/seed")]
+    named = set(re.findall(r"\b(?:deployment|service)/[\w-]+", text))
+    named |= {"/".join(pair) for pair in re.findall(r"kubectl (?:get|describe) (gateway|httproute) ([\w-]+)", text)}
+    assert len(named) == 5
+    assert named <= {f"{each['kind'].lower()}/{each['metadata']['name']}" for each in found}
+    inside = [each for workload in found if workload["kind"] == "Deployment" for each in containers(workload)]
+    assert set(re.findall(r"(?:-c|--container) (\w+)", text)) == {"picker", "envoy"} < {each["name"] for each in inside}
+    ports = {port["containerPort"] for each in inside for port in each.get("ports", ())} | {19000}  # on loopback alone
+    assert set(map(int, re.findall(r"\b(?:808|1[89]00)\d\b", text))) <= ports
+
+
+def test_words_of_the_document_exist() -> None:
+    """Its log events are in docs/logs.md, what else it quotes of ours in the code, and its options in a command."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    quoted = set(re.findall(r"`([a-z]+(?: [a-z]+)+)`", text))
+    assert quoted == EVENTS | OUTPUT.keys() | OF_OTHERS
+    logs = (ROOT / "docs" / "logs.md").read_text()
+    assert {event for event in EVENTS if f"**{event}**" not in logs} == set()
+    assert {words for words, path in OUTPUT.items() if words not in (ROOT / path).read_text()} == set()
+    ours: set[str] = set()
+    for module, _ in COMMANDS.values():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module).add_arguments(parser)
+        ours |= parser._option_string_actions.keys()
+    assert set(re.findall(r"`(--[a-z-]+)", text)) - ours == {"--shutdown-timeout", "--drain-time-s"}  # vLLM's, Envoy's
 
 
 def test_certificates_of_the_document_are_taken(tmp_path: Path) -> None:

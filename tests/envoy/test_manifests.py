@@ -24,9 +24,10 @@ from bench.child import with_parent
 from bench.envoy import find_envoy, free_port
 from bench.vllm_engine import EngineConfig
 from bench.vllm_server import SimulatedPod
-from tests.apiserver import FakeApiServer
+from tests.apiserver import VERBS, FakeApiServer
+from tests.apiserver_store import Resource
 from tests.envoy.conftest import BOUND
-from tests.kustomize import KUBERNETES, Object, container, objects, one
+from tests.kustomize import KUBERNETES, Object, container, grants, objects, one
 from tests.monitoring import expressions, metrics
 
 pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
@@ -37,6 +38,18 @@ CURL = {  # the example's
     "max_completion_tokens": 100,
     "temperature": 0,
     "messages": [{"role": "user", "content": "Write as if you were a critic: Los Angeles"}],
+}
+NAMESPACE = "vllm-xds"
+CLUSTER_IP = "10.96.0.8"
+CRDS = Resource(
+    "apiextensions.k8s.io", ("v1",), "CustomResourceDefinition", "customresourcedefinitions", namespaced=False
+)
+WRITES = {
+    *((verb, "leases") for verb in ("get", "create", "patch")),
+    *(("patch", f"{kind}s") for kind in ("gateway", "httproute", "inferencepool", "inferencemodel")),
+    ("patch", "gatewayclasses"),
+    ("get", CRDS.plural),
+    ("create", "events"),
 }
 STRATEGY = "inference.networking.x-k8s.io/routing-strategy"
 
@@ -55,6 +68,7 @@ class Pods:
     def here(self, text: str) -> str:
         """What a container is told, for a process on this machine."""
         text = text.replace("/run/vllm-xds", str(self._run)).replace("$(POD_NAME)", "envoy-0")
+        text = text.replace("$(POD_NAMESPACE)", NAMESPACE)
         text = text.replace("vllm-xds:18000", "127.0.0.1:18000").replace("0.0.0.0", "127.0.0.1")
         return re.sub(rf"(127\.0\.0\.1[:/])({'|'.join(PORTS)})\b", lambda m: f"{m[1]}{self.ports[m[2]]}", text)
 
@@ -156,6 +170,30 @@ async def cluster(scratch: Path, ports: dict[str, int]) -> AsyncIterator[FakeApi
         yield api
 
 
+def hold_to_rights(api: FakeApiServer, overlay: list[Object]) -> None:
+    """It refuses whatever the overlay's roles do not grant; there is something to write about each kind."""
+    granted = {(verb, name.partition("/")[0]) for rules in grants(overlay).values() for _, name, verb in rules}
+    api.store.install(CRDS)
+    api.forbidden = {(verb, table.resource.plural) for table in api.store.tables.values() for verb in VERBS} - granted
+    api.store.put(one(overlay, "Namespace", NAMESPACE))
+    service = one(overlay, "Service", "vllm-xds-envoy")
+    api.store.put(service | {"spec": service["spec"] | {"clusterIP": CLUSTER_IP}})
+    broken = one(objects(KUBERNETES / "example" / "seed"), "HTTPRoute", "qwen-backend")
+    broken["metadata"]["name"] = "broken"
+    broken["spec"]["rules"][0]["matches"][0]["path"]["type"] = "Prefix"
+    api.store.put(broken)
+
+
+async def until_written(api: FakeApiServer) -> None:
+    """Every status, the Lease and an Event, and nothing was asked for that is not granted but Secrets."""
+    async with asyncio.timeout(BOUND):
+        while not (asked := {tuple(each.split(" ")) for each in api.requests}) >= WRITES:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # the API server is this process
+    assert asked & api.forbidden == {("list", "secrets")}
+    gateway = api.store.get(api.store.table("Gateway"), ("default", "qwen-inference-gateway"))
+    assert gateway["status"]["addresses"] == [{"type": "IPAddress", "value": CLUSTER_IP}]
+
+
 async def curl(session: aiohttp.ClientSession, port: int, **more: Any) -> aiohttp.ClientResponse:
     """The example's; the whole answer was read."""
     async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CURL | more) as response:
@@ -168,22 +206,26 @@ def children(process: asyncio.subprocess.Process) -> list[int]:
 
 
 async def test_pods_serve_the_example(tmp_path: Path, session: aiohttp.ClientSession) -> None:
-    """From nothing to both curls; pickers that die are started again and cost no request; Envoy leaves in order."""
+    """From nothing to both curls, with the rights granted; pickers that die cost no request; Envoy leaves in order."""
     gateway = {"http": free_port(), "llm-gw": free_port()}
-    pods = Pods(objects(KUBERNETES / "overlays" / "quick"), tmp_path, session)
+    overlay = objects(KUBERNETES / "overlays" / "quick")
+    pods = Pods(overlay, tmp_path, session)
     async with cluster(tmp_path, gateway) as api:
+        hold_to_rights(api, overlay)
         try:
             # Envoy's pod, in the order in which its containers start; the server comes later and is waited for.
             assert await (await pods.start("bootstrap")).wait() == 0
             picker = await pods.start("picker")
             envoy = await pods.start("envoy")
-            await pods.start("server", "--bind=127.0.0.1", "--scrape-interval=0.2")
+            await pods.start("server", "--bind=127.0.0.1", "--scrape-interval=0.2", f"--lease={NAMESPACE}/vllm-xds")
             assert await pods.probe("envoy") != 200
             await pods.until_ready("server")
             await pods.until_ready("envoy")
             for port in gateway.values():
                 answer = await curl(session, port)
                 assert (answer.status, (await answer.json())["object"]) == (200, "chat.completion")
+
+            await until_written(api)
 
             # The strategy is switched live, and the sidecar picks.
             pool = one(objects(KUBERNETES / "example" / "seed"), "InferencePool", "vllm-qwen-pool")

@@ -37,7 +37,7 @@ EPILOG = """\
 shapes:
   random         prompts that share nothing, 248-372 tokens in and 288-432 out: `vllm bench serve
                  --random-input-len 1550 --random-output-len 1800 --random-range-ratio 0.2` at a fifth of its lengths
-  shared prefix  system prompts of 3,000-6,000 tokens, 6 a pod, and a question; 80-120 tokens out
+  shared-prefix  system prompts of 3,000-6,000 tokens, 6 a pod, and a question; 80-120 tokens out
 
 load:
   A fixed number of requests is under way, as with --max-concurrency there: as many on each pod as it needs to give
@@ -242,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code, see EPILOG."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if not args.plot.parent.is_dir():
-        parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
+    if args.plot.is_dir() or not args.plot.parent.is_dir():  # not after minutes
+        parser.error(f"--plot {args.plot}: expected a file in a folder that exists")
     try:
         return asyncio.run(until_signal(_live(args)))  # uvloop knows no process_group, which Envoy is started with
     except (StackError, EnvoyNotFoundError, OSError) as error:

@@ -49,7 +49,7 @@ class Shape:
 RANDOM = Shape("random", EngineConfig(speed=0.4, num_gpu_blocks=625), question=(248, 372), output=(288, 432))
 # The demo's: instructions with tools and examples, of 12 to 24 KB, in all several times what a pod's cache holds.
 SHARED = Shape(
-    "shared prefix",
+    "shared-prefix",
     EngineConfig(speed=0.5, num_gpu_blocks=3000),
     question=(40, 160),
     output=(80, 120),

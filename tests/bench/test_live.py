@@ -126,7 +126,15 @@ def test_the_picture_has_a_line_for_each_pod() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--pods", "1"), ("--seconds", "1"), ("--load", "0"), ("--shape", "x"), ("--plot", "/none/x.svg")]
+    "arguments",
+    [
+        ("--pods", "1"),
+        ("--seconds", "1"),
+        ("--load", "0"),
+        ("--shape", "x"),
+        ("--plot", "/none/x.svg"),
+        ("--plot", "/"),
+    ],
 )
 def test_a_wrong_option_is_said(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 2 and the option's name before anything starts, and no traceback."""

@@ -453,6 +453,7 @@ class Conversation(RuleBasedStateMachine):
     def unsubscribe(self, type_url: str, name: str) -> None:
         if name in self.peer.names.get(type_url, ()):
             self.requests.append(self.peer.unsubscribe(type_url, name))
+            self.refused.pop(type_url, None)  # who subscribes again is told again
 
     @rule()
     def server_takes_a_request(self) -> None:

@@ -104,6 +104,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a hung picker may cost a request before it goes on without a pick",
     )
     parser.add_argument(
+        "--access-log",
+        action="store_true",
+        help="Envoys write a line of JSON for each request to their standard output: which pod was picked, which has "
+        "served (docs/explain.md)",
+    )
+    parser.add_argument(
+        "--debug-headers",
+        action="store_true",
+        help="answers tell their clients the same in x-vllm-route, x-vllm-reason, x-vllm-picked and x-vllm-pod",
+    )
+    parser.add_argument(
         "--scrape-interval",
         metavar="SECONDS",
         type=positive,
@@ -176,7 +187,14 @@ def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
 def options(args: argparse.Namespace) -> Options:
     """What the operator says about the Envoys; every worker of every picker is one to them. ValueError, a sentence."""
     workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
-    return Options(args.bind, tuple(chain.from_iterable(workers)), args.picker_timeout, args.picker_tls_sds)
+    return Options(
+        args.bind,
+        tuple(chain.from_iterable(workers)),
+        args.picker_timeout,
+        args.picker_tls_sds,
+        access_log=args.access_log,
+        debug_headers=args.debug_headers,
+    )
 
 
 async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles | None) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvloop
 
@@ -14,7 +15,7 @@ from picker.listen import UNIX, AddressError
 from picker.memory import Memory
 from picker.metrics import PickerMetrics
 from picker.server import PickerServer
-from picker.worker import Settings, on_signals, work
+from picker.worker import Settings, explaining, on_signals, work
 from picker.workers import WorkerError, supervise
 from xds import tls
 from xds.log import FORMATS, LEVELS, configure
@@ -112,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
 async def _alone(settings: Settings, host: str, port: int) -> None:
     @asynccontextmanager
     async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
-        async with serve_status(host, port, metrics.registry, lambda: server.serving) as chosen:
+        async def explain(*asked: Any) -> dict[str, Any]:
+            return server.explain(*asked)
+
+        posted = explaining(explain)
+        async with serve_status(host, port, metrics.registry, lambda: server.serving, posted=posted) as chosen:
             yield f"{host}:{chosen}"
 
     asked = asyncio.Event()

@@ -109,7 +109,7 @@ class PickerServer:
         """Refuse new connections, and give open ones `grace` seconds."""
         await self._server.stop(grace)
 
-    def explain(self, cluster_name: str, body: bytes, session: str = "", objective: str = "") -> dict[str, Any]:
+    def explain(self, cluster_name: str, body: bytes, session: str, objective: str) -> dict[str, Any]:
         """What this request would be answered now, and why, as JSON (picker/explain.py); it is not counted."""
         return explain(self._picker, cluster_name, body, self._clock(), session, objective)
 

@@ -220,8 +220,8 @@ async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles 
             await control.run(configs)
 
     host, port = bootstrap.split_address(args.status)
-    pages = debug.pages(control)
-    async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
+    pages, posted = debug.pages(control), debug.posted(control)
+    async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages, posted):
         await server.start(args.listen, files, [reports.handler()])
         try:
             await until_signal(work())

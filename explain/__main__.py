@@ -31,8 +31,8 @@ asking what runs (the true answer: a picker remembers what it has sent to each p
 of a directory, with a picker that has sent nothing yet; without --loads every pod is idle:
   vllm-xds explain http://localhost:8081/v1/completions --body request.json --config DIR --loads loads.yaml
 
-LOADS is YAML or JSON, a document for each pool; a pod that is left out has never reported. So does
-`curl 'http://127.0.0.1:19001/debug/snapshot?type=PoolLoad&name=pool/default/qwen'` say it:
+LOADS is YAML or JSON, a document for each pool; a pod that is left out has never reported. This is one, and what
+`curl 'http://127.0.0.1:19001/debug/snapshot?type=PoolLoad&name=pool/default/qwen'` prints another:
   name: pool/default/qwen
   endpoints:
   - {hash_key: default/qwen-0, running: 12, waiting: 3, kv_usage: 0.6, kv_tokens: 400000, prefill_rate: 9000}
@@ -45,9 +45,7 @@ exit codes: 0 explained; 1 not, or not all of it: no answer, nothing to read; 2 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="scheme, host, port and path of the request, as a client says them")
     parser.add_argument("--body", metavar="FILE", help="the request's body; - is standard input (default: no body)")
-    parser.add_argument(
-        "-H", "--header", metavar="'NAME: VALUE'", action="append", default=[], help="a request header, repeatable"
-    )
+    parser.add_argument("-H", "--header", metavar="'NAME: VALUE'", action="append", help="a request header, repeatable")
     parser.add_argument("--method", help="the request's method (default: POST with a body, else GET)")
     parser.add_argument(
         "--group", metavar="NAME", help="the group of Envoys (vllm-xds/nodes) it reaches; '' are those of none"
@@ -148,7 +146,7 @@ def _read_request(args: argparse.Namespace) -> tuple[Request, int]:
         port = url.port if url.port is not None else ports[url.scheme]
     except ValueError:
         raise ValueError(f"expected a port from 1 to 65535 in {args.url!r}") from None
-    headers = tuple(_header(text) for text in args.header)
+    headers = tuple(_header(text) for text in args.header or ())
     host = next((value for name, value in headers if name.lower() == "host"), url.netloc.rpartition("@")[2])
     method = args.method or ("POST" if args.body is not None else "GET")
     path = (url.path or "/") + (f"?{url.query}" if url.query else "")

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--listen", type=_address, action="append", metavar="ADDRESS",
         help="HOST:PORT or unix:/PATH to answer Envoy on; may be given again (default 127.0.0.1:18001)")  # fmt: skip
     add("--metrics-address", type=_tcp_address, default="127.0.0.1:19002", metavar="HOST:PORT",
-        help="where /metrics, /healthz and /readyz are served (default %(default)s)")  # fmt: skip
+        help="where /metrics, /healthz and /readyz are served, and for `vllm-xds explain` on this machine /debug/pick "
+        "(default %(default)s)")  # fmt: skip
     add("--pickers", type=_count, default=1, metavar="N",
         help="independent pickers for the same pools, this one included: each sees 1/N of the requests, so with more "
         "than one they lean on a primary pod for each prefix (default %(default)s)")  # fmt: skip

@@ -9,7 +9,7 @@ WIRE := xds/wire/*.proto picker/wire/*.proto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint golden bench chaos wire lock
+.PHONY: help demo test lint golden bench chaos fuzz wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -37,6 +37,9 @@ bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes
 
 chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (five minutes)
 	@$(BIN)/python -m bench.chaos $(ARGS)
+
+fuzz: $(READY) ## try hostile bytes on every parser, for a minute: ARGS="--seconds 3600" for an hour
+	@GRPC_VERBOSITY=NONE $(BIN)/python -m tests.fuzz $(ARGS)
 
 wire: $(READY) ## compile the .proto files of xds/wire and picker/wire
 	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. $(WIRE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from http import HTTPStatus
 from typing import Any
 
 from picker.pick import Reason
@@ -57,7 +56,7 @@ def _route(route: Document) -> Iterator[str]:
     if passed[SHOWN:]:
         yield f"  nor {len(passed) - SHOWN} more"
     if name and route["status"]:
-        yield f"it is answered with {route['status']} {HTTPStatus(route['status']).phrase}"
+        yield f"it is answered with {route['status']}"
     total = sum(cluster["weight"] for cluster in route["clusters"])
     for cluster in route["clusters"]:
         share = f"{cluster['weight'] / total:.0%} of its requests" if len(route["clusters"]) > 1 and total else "goes"

@@ -281,6 +281,9 @@ def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
     assert kind(client.nack(link.responses.popleft())) is Kind.NACK
     assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
     assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    if peer is DeltaPeer:
+        claim = dict.fromkeys(map(str, range(MAX_NAMES + 1)), "1")
+        assert kind(wire.DeltaDiscoveryRequest(type_url=CLUSTER, initial_resource_versions=claim)) is Kind.EXCESS
     client.names = {ENDPOINT: {"b"}}
     assert kind(client.subscribe(ENDPOINT, "x" * MAX_NAME)) is Kind.NAMES
     assert kind(client.subscribe(ENDPOINT, "x" * (MAX_NAME + 1))) is Kind.EXCESS
@@ -450,6 +453,7 @@ class Conversation(RuleBasedStateMachine):
     def unsubscribe(self, type_url: str, name: str) -> None:
         if name in self.peer.names.get(type_url, ()):
             self.requests.append(self.peer.unsubscribe(type_url, name))
+            self.refused.pop(type_url, None)  # who subscribes again is told again
 
     @rule()
     def server_takes_a_request(self) -> None:

@@ -63,13 +63,13 @@ def explain_route(topology: Topology, question: bytes) -> dict[str, Any]:
 
 
 def _read(question: bytes) -> tuple[Request, int, str | None]:
-    fields = json.loads(question)
     try:
+        fields = json.loads(question)
         headers = tuple((name, value) for name, value in fields["headers"])
         method, host, path = fields["method"], fields["host"], fields["path"]
         port, group, model = fields["port"], fields["group"], fields["model"]
-    except (TypeError, LookupError):
-        raise ValueError("expected a request as xds/explain.py writes it") from None
+    except (TypeError, LookupError, RecursionError):
+        raise ValueError("expected a request as `vllm-xds explain` asks") from None
     texts = (method, host, path, *(text for pair in headers for text in pair), group or "", model or "")
     if type(port) is not int or not all(isinstance(each, str) for each in texts):
         raise ValueError("expected texts, and a number for the port")

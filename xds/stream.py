@@ -67,8 +67,8 @@ LINGER = 30.0
 GATHER = 1.0
 MAX_STAND_INS = 1_000  # clusters that were removed while a client was away: a client can name any number of them
 
-# Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
-# client could add as many with each request.
+# Names one subscription may hold, and a client may say it holds: 30 MB. A request of 4 MiB (the server's limit) names
+# about as many; without a bound a client could add as many with each request.
 MAX_NAMES = 100_000
 MAX_NAME = 512  # characters of a name: the longest of ours, of a pool with the longest names, has 330
 
@@ -337,7 +337,11 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
         self, stand_in: Callable[[str], bytes], identifier: str = "", only: str = "", linger: float = LINGER
     ) -> None:
         subscriptions = {
-            type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
+            type_url: Subscription(
+                tells_absence=type_url not in BY_NAME,
+                empty_is_wildcard=type_url not in BY_NAME,
+                full_state=type_url not in BY_NAME,
+            )
             for type_url in TYPES
         }
         super().__init__(subscriptions, identifier, only, linger)

@@ -50,10 +50,12 @@ class Subscription:
 
     `tells_absence`: this variant can say of this type that a resource does not exist.
     `empty_is_wildcard`: a client that never named a resource wants them all (the protocol's legacy rule).
+    `full_state`: each response says all that the client is to hold, and takes away what it leaves out.
     """
 
     tells_absence: bool
     empty_is_wildcard: bool
+    full_state: bool = False
 
     opened: bool = False  # a request for this type has come
     resumed: bool = False  # and it said what the client holds from an earlier stream
@@ -159,6 +161,9 @@ class Subscription:
 
     def _forget_unwanted(self) -> None:
         self._compare_all()
+        # Beside a wildcard too, or a client could have any number of names told to be absent.
+        for name in [name for name, resource in self.held.items() if resource is None and name not in self.names]:
+            del self.held[name]
         for memory in (self.held, self.refused):
             for name in [name for name in memory if not self.wants(name)]:
                 del memory[name]
@@ -312,13 +317,16 @@ class Subscription:
         change, self.flight = self.flight.change, None
         self.last_nack = message
         self._compare_all()
+        # What the client holds is in every full state, owed or not: to send it again says nothing more.
+        new = {name: r for name, r in change.update.items() if not (self.full_state and self._holds(r))}
         if not self.base_known:
             self._refused_whole = change.update
-        elif len(change.update) > 1:
+        elif len(new) > 1:
             self._limit = len(change.update) // 2
             self.owe(name for name, resource in change.update.items() if self._holds(resource))
-        elif change.update:
-            self.refused.update({name: resource.version for name, resource in change.update.items()})
+        elif new:
+            self.refused.update({name: resource.version for name, resource in new.items()})
+            self.owe(change.update.keys() - new.keys())
         else:
             self._drop(change.remove)  # to refuse a removal means nothing: the resource is not served any more
 

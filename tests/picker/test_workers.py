@@ -20,6 +20,7 @@ import pytest
 
 from picker.server import HEALTH, NOT_SERVING, SERVING
 from picker.worker import Settings
+from xds.status import MAX_POSTED
 
 BOUND = 40.0  # seconds for anything awaited here, far above what it takes
 
@@ -120,7 +121,8 @@ async def test_a_worker_explains(tmp_path: Path) -> None:
     that of a picker alone, with the number of the worker that has answered."""
     async with picker(tmp_path) as command, aiohttp.ClientSession() as http:
         url = f"http://{(await command.event('workers started'))['metrics']}"
-        body = json.dumps({"model": "m", "prompt": "x" * 5000, "pad": "y" * 7_000_000}).encode()
+        body = json.dumps({"model": "m", "prompt": "x" * 5000}).encode()
+        padded = body + b" " * (MAX_POSTED - len(body))
         query = {"cluster": "pool/a/b", "session": "\n"}
 
         async def ask(data: bytes, **told: str) -> tuple[int, Any]:
@@ -134,7 +136,7 @@ async def test_a_worker_explains(tmp_path: Path) -> None:
             if killed:
                 os.kill(command.children()[0], signal.SIGKILL)
                 await command.event("worker lost")
-            for status, explained in await asyncio.gather(*(ask(body, **query) for _ in range(3))):
+            for status, explained in await asyncio.gather(*(ask(each, **query) for each in (body, padded, body))):
                 assert (status, explained["cluster"], explained["reason"]) == (200, "pool/a/b", "stateless")
                 assert (explained["prompt"]["bytes"], len(explained["prompt"]["chunks"])) == (5000, 2)
                 assert explained["prompt"]["hint"] == explained["key"]

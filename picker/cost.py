@@ -340,7 +340,8 @@ class Pool:
                 uncached *= 1.0 - self._prior
             n, kv = fresh.get(name, mean)
             terms = pod.terms(uncached, output, n, kv, now, costs, adapter)
-            cost = (sum(terms), n)
+            backlog, prefill, requests, preempted, waits = terms
+            cost = (backlog + prefill + requests + preempted + waits, n)
             if offers is not None:
                 offers.append(Offer(name, name in fresh, cached, uncached, n, kv, cost[0], *terms))
             if cost < best_cost:

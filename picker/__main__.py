@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvloop
 
@@ -14,7 +15,7 @@ from picker.listen import UNIX, AddressError
 from picker.memory import Memory
 from picker.metrics import PickerMetrics
 from picker.server import PickerServer
-from picker.worker import Settings, on_signals, work
+from picker.worker import Settings, explaining, on_signals, work
 from picker.workers import WorkerError, supervise
 from xds import tls
 from xds.log import FORMATS, LEVELS, configure
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--listen", type=_address, action="append", metavar="ADDRESS",
         help="HOST:PORT or unix:/PATH to answer Envoy on; may be given again (default 127.0.0.1:18001)")  # fmt: skip
     add("--metrics-address", type=_tcp_address, default="127.0.0.1:19002", metavar="HOST:PORT",
-        help="where /metrics, /healthz and /readyz are served (default %(default)s)")  # fmt: skip
+        help="where /metrics, /healthz and /readyz are served, and for `vllm-xds explain` on this machine /debug/pick "
+        "(default %(default)s)")  # fmt: skip
     add("--pickers", type=_count, default=1, metavar="N",
         help="independent pickers for the same pools, this one included: each sees 1/N of the requests, so with more "
         "than one they lean on a primary pod for each prefix (default %(default)s)")  # fmt: skip
@@ -112,7 +114,11 @@ def run(args: argparse.Namespace) -> int:
 async def _alone(settings: Settings, host: str, port: int) -> None:
     @asynccontextmanager
     async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
-        async with serve_status(host, port, metrics.registry, lambda: server.serving) as chosen:
+        async def explain(*asked: Any) -> dict[str, Any]:
+            return server.explain(*asked)
+
+        posted = explaining(explain)
+        async with serve_status(host, port, metrics.registry, lambda: server.serving, posted=posted) as chosen:
             yield f"{host}:{chosen}"
 
     asked = asyncio.Event()

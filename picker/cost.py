@@ -97,6 +97,28 @@ class PoolLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What a request would cost on a pod, in tokens, and why: the names of the module's formula.
+
+    `cached` of the prompt's tokens are probably there, `uncached` is U. `running` is n and `kv_tokens` kv, those of a
+    pod without a `fresh` report the mean of the others. The cost is the sum of the terms, in the formula's order.
+    """
+
+    pod: str
+    fresh: bool
+    cached: int
+    uncached: float
+    running: float
+    kv_tokens: float
+    cost: float
+    backlog: float
+    prefill: float
+    requests: float
+    preempted: float
+    adapter: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Sent:
     """A look at what all workers had sent to a pod: before and after a request of our own."""
 
@@ -165,11 +187,18 @@ class _Pod:
             n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
         return n, self._reported_kv + pickers * (since & TOKENS)
 
-    def cost(self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs) -> float:
-        """C of the module's formula without A, in tokens."""
-        capacity = self.load.kv_tokens
-        preempted = max(0.0, kv + uncached + output - KV_USABLE * capacity) if capacity else 0.0
-        return self.backlog(now, costs) + uncached * (1.0 + ETA * n) + costs.request_cost * n + KAPPA * preempted
+    def terms(
+        self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs, adapter: str
+    ) -> tuple[float, float, float, float, float]:
+        """What C of the module's formula is the sum of, in tokens; `adapter` "" for a model that is none."""
+        beyond = kv + uncached + output - KV_USABLE * self.load.kv_tokens
+        return (
+            self.backlog(now, costs),
+            uncached * (1.0 + ETA * n),
+            costs.request_cost * n,
+            KAPPA * beyond if beyond > 0.0 and self.load.kv_tokens else 0.0,
+            self.adapter_cost(adapter) if adapter else 0.0,
+        )
 
     def adapter_cost(self, adapter: str) -> float:
         """A of the module's formula, in tokens."""
@@ -286,11 +315,13 @@ class Pool:
         now: float,
         hint: bytes | None = None,
         model: str = "",
+        offers: list[Offer] | None = None,
     ) -> str | None:
         """The hash key of the cheapest pod, now counted as sent to; None when no report is fresh.
 
         `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
-        hash of the session or cache key the client named, `model` what the pod will be asked for.
+        hash of the session or cache key the client named, `model` what the pod will be asked for. With `offers` every
+        pod's is added there, and nothing is counted.
         """
         fresh = {name: pod.busyness(self._pickers) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
         if not fresh:
@@ -303,17 +334,22 @@ class Pool:
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - pod.cached(chunks, by_hint, tokens)
+            cached = pod.cached(chunks, by_hint, tokens)
+            uncached: float = tokens - cached
             if name == primary:
                 uncached *= 1.0 - self._prior
             n, kv = fresh.get(name, mean)
-            tokens_worth = pod.cost(uncached, output, n, kv, now, costs)
-            cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
+            terms = pod.terms(uncached, output, n, kv, now, costs, adapter)
+            backlog, prefill, requests, preempted, waits = terms
+            cost = (backlog + prefill + requests + preempted + waits, n)
+            if offers is not None:
+                offers.append(Offer(name, name in fresh, cached, uncached, n, kv, cost[0], *terms))
             if cost < best_cost:
                 best_cost = cost
                 best = [(name, pod, uncached)]
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
+        if offers is None:
+            pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
         return name

@@ -1,13 +1,15 @@
 """One picker at work: its server, its loads and its end. Alone it is the command's process; of several, a child.
 
 A child is `python -m picker.worker MEMORY CONTROL`, two inherited descriptors: the workers' shared memory, and a socket
-to the parent. The parent writes one line, the settings, and then nothing; when the socket ends, so has the parent, and
-the worker ends as well. The worker writes a line each REPORT seconds: whether it serves, and its metrics.
+to the parent. The parent writes one line, the settings, and then a line for each request that is to be explained; when
+the socket ends, so has the parent, and the worker ends as well. The worker writes a line each REPORT seconds: whether
+it serves, and its metrics; and one for each explanation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import gc
 import json
@@ -18,10 +20,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -34,6 +37,7 @@ from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from picker.server import PickerServer
 from xds.log import configure
+from xds.status import Posted
 from xds.tls import TlsError, TlsFiles
 
 GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: a large body is many objects, and none is in a cycle
@@ -138,6 +142,20 @@ def on_signals(asked: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, asked.set)
 
 
+Explain = Callable[[str, bytes, str, str], Awaitable[dict[str, Any] | None]]  # as PickerServer.explain
+
+
+def explaining(explain: Explain) -> dict[str, Posted]:
+    """/debug/pick, for `serve_status`: a body is posted, and the query has `cluster`, `session` and `objective`."""
+
+    async def pick(query: Mapping[str, str], body: bytes) -> object:
+        if not query.get("cluster"):
+            raise ValueError("expected the query to name a cluster")
+        return await explain(query["cluster"], body, query.get("session", ""), query.get("objective", ""))
+
+    return {"/debug/pick": pick}
+
+
 # --- a child ---
 
 
@@ -145,6 +163,19 @@ def encode_report(metrics: PickerMetrics, *, serving: bool) -> bytes:
     """A line to the parent."""
     report = {"serving": serving, "metrics": generate_latest(metrics.registry).decode()}
     return json.dumps(report).encode() + b"\n"
+
+
+def encode_question(cluster_name: str, body: bytes, session: str, objective: str) -> bytes:
+    """A line to a worker: what `PickerServer.explain` is to be asked."""
+    question = {"cluster_name": cluster_name, "session": session, "objective": objective}
+    return json.dumps(question | {"body": base64.b64encode(body).decode()}).encode() + b"\n"
+
+
+def answer(question: bytes, server: PickerServer, worker: int) -> bytes:
+    """The line to the parent that answers it."""
+    fields = json.loads(question)
+    explained = server.explain(**fields | {"body": base64.b64decode(fields["body"])})
+    return json.dumps({"explained": {**explained, "worker": worker}}).encode() + b"\n"
 
 
 async def _child(memory: Memory, control: socket.socket) -> None:
@@ -162,14 +193,15 @@ async def _child(memory: Memory, control: socket.socket) -> None:
                 await writer.drain()
             await asyncio.sleep(REPORT if server.serving else REPORT / 10)
 
-    async def parent_gone() -> None:
+    async def parent_asks(server: PickerServer) -> None:
         with suppress(ConnectionError):  # a report that could not be written
-            await reader.read()
+            while question := await reader.readline():
+                writer.write(answer(question, server, settings.worker))
         asked.set()
 
     @asynccontextmanager
     async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
-        tasks = [asyncio.create_task(each) for each in (reported(metrics, server), parent_gone())]
+        tasks = [asyncio.create_task(each) for each in (reported(metrics, server), parent_asks(server))]
         try:
             yield "parent"
         finally:

@@ -159,7 +159,7 @@ def ext_proc(data: bytes) -> Iterable[Hashable]:
     assert answer.HasField("request_body")
     assert list(picker.read_at()) == [POOL, OTHER]
     told = MessageToDict(answer.dynamic_metadata).get("picker", {})
-    assert told.keys() <= {"key", "named", "refused", "model"}
+    assert told.keys() <= {"reason", "key", "pod", "named", "refused", "model"}
     key = str(told.get("key", ""))
     assert key.isascii()
     assert key.isprintable()

@@ -16,8 +16,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from bench.envoy import free_port
-from explain.__main__ import explain
-from explain.ask import Directory, ExplainError, Running, picker_of, read_loads
+from picker.explain_ask import Directory, ExplainError, Running, picker_of, read_loads
+from picker.explain_main import explain
 from tests.goldens import ROOT
 from tests.objects import backend, config, gateway, gateway_class, parent, pod, pool, route, rule
 from xds.__main__ import main

@@ -89,14 +89,13 @@ def test_wheel_carries_its_data(tmp_path: Path) -> None:
     data = {"bootstrap/envoy.yaml", *map(str, PROTOS)} | {
         str(path.relative_to(ROOT)) for path in (ROOT / "manifests").rglob("*.yaml")
     }
-    typed = {f"{package}/py.typed" for package in ("xds", "picker", "explain", "bootstrap", "bench")}
+    typed = {f"{package}/py.typed" for package in ("xds", "picker", "bootstrap", "bench")}
     assert data | typed <= names
     info = f"vllm_xds-{PROJECT['project']['version']}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
     assert {name.partition("/")[0] for name in names} == {
         "xds",
         "picker",
-        "explain",
         "bootstrap",
         "bench",
         "manifests",

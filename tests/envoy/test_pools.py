@@ -24,8 +24,8 @@ import pytest_asyncio
 from bench.envoy import free_port
 from bench.vllm_engine import EngineConfig
 from bench.vllm_server import SimulatedPod
-from explain.__main__ import document
-from explain.ask import Running
+from picker.explain_ask import Running
+from picker.explain_main import document
 from picker.prefix import hint_hash
 from picker.prompt import read_prompt
 from tests.envoy.conftest import BOUND, Gateway

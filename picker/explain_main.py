@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import bootstrap
-from explain.ask import Directory, ExplainError, Running, Source, read_loads
-from explain.words import words
+from picker.explain_ask import Directory, ExplainError, Running, Source, read_loads
+from picker.explain_words import words
 from xds.directory import DirectoryError
 from xds.explain import asked
 from xds.match import Request, body_model

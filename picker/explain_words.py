@@ -21,7 +21,7 @@ COLUMNS = (  # heading, field of an offer
     ("running", "running"),
 )
 
-Document = Mapping[str, Any]  # what explain/__main__.py puts together
+Document = Mapping[str, Any]  # what picker/explain_main.py puts together
 
 
 def words(document: Document) -> Iterator[str]:

@@ -9,7 +9,7 @@ WIRE := xds/wire/*.proto picker/wire/*.proto
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint golden bench chaos wire lock
+.PHONY: help demo test lint golden bench chaos fuzz wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -17,8 +17,9 @@ help: ## show this list
 demo: $(READY) ## run everything on this machine, with the real Envoy and simulated pods, and compare both ports
 	@$(BIN)/vllm-xds demo $(ARGS)
 
-test: $(READY) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests: most of them wait, so three at a time, and by themselves those that measure
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile -m "not alone")
+	@test -n '$(ARGS)' || $(BIN)/python -m pytest -m alone
 
 lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, the shell script
 	$(BIN)/ruff format --check
@@ -34,8 +35,11 @@ golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the d
 bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes)
 	@$(BIN)/python -m bench.figures
 
-chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (three minutes)
+chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (five minutes)
 	@$(BIN)/python -m bench.chaos $(ARGS)
+
+fuzz: $(READY) ## try hostile bytes on every parser, for a minute: ARGS="--seconds 3600" for an hour
+	@GRPC_VERBOSITY=NONE $(BIN)/python -m tests.fuzz $(ARGS)
 
 wire: $(READY) ## compile the .proto files of xds/wire and picker/wire
 	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. $(WIRE)

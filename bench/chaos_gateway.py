@@ -1,4 +1,4 @@
-"""A gateway whose every part can be broken, and the steady traffic through it that must not notice.
+"""A gateway whose every part can be broken, and what shows that it is whole.
 
 Envoy, management server and pickers are processes with their default options, to be killed and stopped by signals. The
 simulated pods live in this process: what a test makes of one is in `SimulatedPod.faults`.
@@ -7,18 +7,12 @@ simulated pods live in this process: what a test makes of one is in `SimulatedPo
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import os
-import random
 import re
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
@@ -26,25 +20,22 @@ from typing import Self
 import aiohttp
 
 import bootstrap
+from bench.chaos_picker import RefusingPicker, SlowLink
+from bench.chaos_traffic import until
 from bench.child import end, with_parent
 from bench.envoy import Envoy, free_port
 from bench.rig import BY_MODEL, PICKED, PICKS, PLAIN, POD, READY, manifests, pod_network
 from bench.vllm_engine import EngineConfig
-from bench.vllm_server import MODEL, SimulatedPod
+from bench.vllm_server import SimulatedPod
 from xds.envoy import PICKER_CLUSTER
 from xds.scrape import INTERVAL
-from xds.weights import STALE
+from xds.weights import BASE, HIGHEST, LOWEST, STALE, STEP
 
 PODS = 4
 ENGINE = EngineConfig(step_base=0.01, step_per_prefill_token=0.000_004, num_gpu_blocks=8_000)  # a token each 10 ms
-RATE = 40.0  # requests a second: a tenth of what two cores carry, so that a late answer is the fault's doing
-STREAM_EACH = 8  # every so many requests one is a streamed answer
-STREAM_TOKENS = 150  # of a streamed answer: 1.5 s, so that some eight are running at any time
-PREFIXES = 12  # texts that three of four prompts begin with
-PREFIX_SIZE = 2000  # characters
-ANSWER_TIMEOUT = 60.0  # seconds after which a client gives up: a failure
-POLL = 0.02  # seconds between two looks at what is not whole yet
 DELETED = ', deletionTimestamp: "2026-01-01T00:00:00Z"'
+LOG_POLL = 0.001  # seconds between two looks at a log: what is waited for is to be caught in the act
+LEAST, MOST = (round(BASE * STEP**level) for level in (LOWEST, HIGHEST))  # the weights within the law's bounds
 
 
 class Part:
@@ -79,15 +70,28 @@ class Part:
 
 
 class Gateway:
-    """Running between `__aenter__` and `__aexit__`: server, Envoy and healthy pods; the pickers when `picking` is."""
+    """Running between `__aenter__` and `__aexit__`: server, Envoy and healthy pods; the pickers when `picking` is.
 
-    def __init__(self, pickers: int = 1, *, picking: bool = True) -> None:
+    Envoy speaks the `delta` variant or the other. If `linked`, it reaches the first picker by a link that can be slow:
+    `delay_picker`.
+    """
+
+    def __init__(self, pickers: int = 1, *, picking: bool = True, delta: bool = True, linked: bool = False) -> None:
         self._stack = AsyncExitStack()
         self._picking = picking
-        self.port, plain, by_model, pod, server, status, admin = (free_port() for _ in range(7))
-        self._ports = {PICKED: self.port, PLAIN: plain, BY_MODEL: by_model}
+        self._delta = delta
+        self.port, self.plain_port, by_model, pod, server, status, admin = (free_port() for _ in range(7))
+        self._ports = {PICKED: self.port, PLAIN: self.plain_port, BY_MODEL: by_model}
         self._server, self._status, self._admin = (f"127.0.0.1:{each}" for each in (server, status, admin))
         self._pickers = [(f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}") for _ in range(pickers)]
+        self._reached = [address for address, _ in self._pickers]  # as Envoy does
+        self._link: SlowLink | None = None
+        if linked:
+            self._reached[0] = f"127.0.0.1:{free_port()}"
+            self._link = SlowLink(self._reached[0], self._pickers[0][0])
+        self.refusing_picker = RefusingPicker()
+        self.generation = 0  # of the objects' names
+        self._mark = 0  # bytes of the server's log before the fault
         first = ip_address(pod_network())
         self.pods = [
             SimulatedPod(f"pod-{index}", address=str(first + index), port=pod, config=ENGINE)
@@ -110,8 +114,8 @@ class Gateway:
         self.config, self.empty = scratch / "config", scratch / "empty"
         self.config.mkdir()
         self.empty.mkdir()
-        (self.config / "gateway.yaml").write_text(manifests(self._ports, self.pods[0].port, self.pods[0].address, 0))
-        (scratch / "envoy.yaml").write_text(bootstrap.render(self._server, admin=self._admin))
+        self._write_objects()
+        (scratch / "envoy.yaml").write_text(bootstrap.render(self._server, admin=self._admin, delta=self._delta))
         self._http = await self._stack.enter_async_context(
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1.0))
         )
@@ -119,10 +123,11 @@ class Gateway:
             await self.pods[index].start()
             self._stack.push_async_callback(self.pods[index].stop)
             self.write_pod(index)
-        listen = ("--bind", "127.0.0.1", "--listen", self._server, "--status", self._status)
-        pickers = [word for address, _ in self._pickers for word in ("--picker", address)]
+        listen = ("--bind", "127.0.0.1", "--listen", self._server, "--status", self._status, "--log-level", "debug")
+        pickers = [word for address in self._reached for word in ("--picker", address)]
+        self._log = scratch / "serve.log"
         self.server, self.server_on_empty = (
-            Part("serve", "--config", str(directory), *listen, *pickers, log=scratch / "serve.log")
+            Part("serve", "--config", str(directory), *listen, *pickers, log=self._log)
             for directory in (self.config, self.empty)
         )
         self.pickers = [
@@ -135,13 +140,43 @@ class Gateway:
         ]
         for part in (self.server, self.server_on_empty, *self.pickers):
             self._stack.push_async_callback(part.stop)
+        if self._link is not None:
+            await self._link.start()
+            self._stack.push_async_callback(self._link.stop)
         await self.server.start()
         for picker in self.pickers if self._picking else ():
             await picker.start()
         self._envoy = Envoy(scratch / "envoy.yaml", self._admin, scratch / "envoy.log")
         await self._stack.enter_async_context(self._envoy)
         await self._envoy.ready(READY)
-        await until(lambda: self._healthy("pool/default/pool"), READY)
+        await until(lambda: self._healthy(self.pool), READY)
+
+    async def start_refusing_picker(self) -> None:
+        """In the first picker's place."""
+        await self.refusing_picker.start(self._pickers[0][0])
+
+    def delay_picker(self, seconds: float) -> None:
+        assert self._link is not None  # noqa: S101 - a caller's mistake
+        self._link.delay = seconds
+
+    @property
+    def pool(self) -> str:
+        """The name of the pool's cluster."""
+        return f"pool/default/pool{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return f"-{self.generation}" if self.generation else ""
+
+    def _write_objects(self) -> None:
+        text = manifests(self._ports, self.pods[0].port, self.pods[0].address, 0)
+        renamed = re.sub(r"(\bname: (?:pool|pods)|metadata: {name: by-model)(?=[},\n])", rf"\1{self._suffix}", text)
+        (self.config / "gateway.yaml").write_text(renamed)
+
+    def write_change(self) -> None:
+        """One change: the pool and the Service, which all routes are to, and a route get new names."""
+        self.generation += 1
+        self._write_objects()
 
     def write_pod(self, index: int, *, deleted: bool = False) -> None:
         """The Pod object, Ready, into the directory that is watched."""
@@ -149,7 +184,51 @@ class Gateway:
         path = self.config / f"pod-{index}.yaml"
         path.write_text(text.replace("{app: pod}", "{app: pod}" + DELETED * deleted))
 
+    # --- what the server says
+
+    def mark(self) -> None:
+        """A fault begins: what follows is about what is logged from here on."""
+        self._mark = self._log.stat().st_size
+
+    async def sent(self, type_name: str) -> None:
+        """Return the moment the server has sent Envoy a response of this type."""
+        words = (b'"response sent"', f'"type": "{type_name}"'.encode())
+        with self._log.open("rb") as log:
+            log.seek(self._mark)
+            async with asyncio.timeout(READY):
+                while True:
+                    line = log.readline()
+                    if all(word in line for word in words):
+                        return
+                    if not line.endswith(b"\n"):
+                        log.seek(-len(line), 1)
+                        await asyncio.sleep(LOG_POLL)
+
+    def wild_weights(self) -> list[str]:
+        """Changes of weights beyond the law's bounds."""
+        with self._log.open("rb") as log:
+            log.seek(self._mark)
+            events = [json.loads(line) for line in log if b'"weight changed"' in line]
+        return [f"{event['endpoint']} weighs {event['new']}" for event in events if not LEAST <= event["new"] <= MOST]
+
+    async def weights(self) -> dict[str, float]:
+        """Of the pool's endpoints, by pod."""
+        return await self._gauge("vllm_xds_endpoint_weight")
+
+    async def blind(self) -> set[str]:
+        """The pods whose load is too old to count."""
+        ages = await self._gauge("vllm_xds_endpoint_load_age_seconds")
+        return {pod for pod, age in ages.items() if age > STALE * INTERVAL}
+
+    async def _gauge(self, name: str) -> dict[str, float]:
+        pattern = rf'^{name}\{{.*endpoint="default/([^"]+)".*\}} (.*)$'
+        return {pod: float(value) for pod, value in re.findall(pattern, await self._page(self._status), re.MULTILINE)}
+
     # --- what is whole
+
+    async def follows(self) -> bool:
+        """Return when Envoy has the pool by its latest name, its pods are healthy, and `weighs` is true."""
+        return await until(lambda: self._healthy(self.pool)) and await self.weighs()
 
     async def picks(self) -> bool:
         """Return when Envoy takes every picker for healthy and each has since picked a pod by cost."""
@@ -196,97 +275,3 @@ class Gateway:
             (status.get("host_statuses", []) for status in statuses if status["name"] == cluster), []
         )
         return bool(hosts) and all(host["health_status"] == {"eds_health_status": "HEALTHY"} for host in hosts)
-
-
-async def until(is_true: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> bool:
-    """Whether it is true within so many seconds; returns as soon as it is."""
-    try:
-        async with asyncio.timeout(seconds):
-            while not await is_true():  # noqa: ASYNC110 - other processes set no event here
-                await asyncio.sleep(POLL)
-    except TimeoutError:
-        return False
-    return True
-
-
-# --- traffic ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one request. `due` is when it was to be sent (perf_counter); `first` the seconds to the answer's
-    first byte. `error` "" means a complete 200."""
-
-    due: float
-    first: float
-    pod: str = ""
-    error: str = ""
-
-
-class Traffic:
-    """An open loop of RATE requests a second on one port between `__aenter__` and `__aexit__`; `outcomes` grows."""
-
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/v1/completions"
-        self._rng = random.Random(os.getpid())
-        self._prefixes = [self._text(PREFIX_SIZE) for _ in range(PREFIXES)]
-        self._under_way: set[asyncio.Task[None]] = set()
-        self.outcomes: list[Outcome] = []
-
-    async def __aenter__(self) -> Self:
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT)
-        )
-        self._schedule = asyncio.create_task(self._send())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in (self._schedule, *self._under_way):
-            task.cancel()
-        await asyncio.gather(self._schedule, *self._under_way, return_exceptions=True)
-        await self._http.close()
-
-    async def answered(self) -> None:
-        """Return when what is under way now has come to an end, by ANSWER_TIMEOUT at the latest."""
-        if self._under_way:
-            await asyncio.wait(set(self._under_way))
-
-    async def answers_from(self, pod: str, since: float) -> bool:
-        """Return when a request that was due after `since` has been answered by this pod."""
-
-        async def seen() -> bool:
-            return any(o.pod == pod and o.due >= since and not o.error for o in reversed(self.outcomes))
-
-        return await until(seen)
-
-    async def _send(self) -> None:
-        began = time.perf_counter()
-        for number in itertools.count():
-            due = began + number / RATE
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            task = asyncio.create_task(self._ask(number, due))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
-
-    async def _ask(self, number: int, due: float) -> None:
-        streamed = number % STREAM_EACH == 0
-        prefix = self._rng.choice(self._prefixes) if number % 4 != 1 else self._text(PREFIX_SIZE)
-        request = {"model": MODEL, "prompt": f"{prefix} {number}", "max_tokens": 1}
-        if streamed:
-            request |= {"max_tokens": STREAM_TOKENS, "stream": True, "ignore_eos": True}
-        first, pod, error = 0.0, "", ""
-        try:
-            async with self._http.post(self._url, data=json.dumps(request)) as reply:
-                first = time.perf_counter() - due
-                pod = reply.headers.get("x-sim-pod", "")
-                body = await reply.read()
-                if reply.status != 200:
-                    error = f"HTTP {reply.status} {body[:80].decode(errors='replace')}"
-                elif streamed and (b'"error"' in body or not body.endswith(b"data: [DONE]\n\n")):
-                    error = "stream cut"
-        except (aiohttp.ClientError, TimeoutError) as failure:
-            error = type(failure).__name__
-        self.outcomes.append(Outcome(due, first or time.perf_counter() - due, pod, error))
-
-    def _text(self, size: int) -> str:
-        return self._rng.randbytes(size // 2).hex()

@@ -40,6 +40,7 @@ CLOSE_TIMEOUT = 2.0  # seconds for handlers to write their last bytes when the s
 COUNTED = ("/v1/completions", "/v1/chat/completions", "/v1/models")  # paths in the http_* families of the page
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Page = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]  # what is answered in place of a metrics page
 
 
 @dataclass(slots=True)
@@ -47,12 +48,14 @@ class Faults:
     """What a test makes of a pod, at any time. A status of 200 means that the pod answers as it should.
 
     `hang` accepts every request and never answers; a request that hangs does so until its client or the pod is gone.
+    `page` answers a request for the metrics page, given the right one.
     """
 
     health: int = 200
     metrics: int = 200
     completions: int = 200
     hang: bool = False
+    page: Page | None = None
 
 
 class _Reply:
@@ -316,10 +319,12 @@ class SimulatedPod:
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=self.faults.health, headers=self._headers)
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
         if self.faults.metrics != 200:
             return web.Response(status=self.faults.metrics, headers=self._headers)
         page = self._page.render(self.engine.stats, self._http)
+        if self.faults.page is not None:
+            return await self.faults.page(request, page)
         return web.Response(body=page, headers={**self._headers, "content-type": CONTENT_TYPE})
 
     async def _version(self, _: web.Request) -> web.Response:

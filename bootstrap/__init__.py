@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 
 import yaml
 
@@ -16,6 +17,8 @@ DEFAULT_ADMIN = "127.0.0.1:19000"
 DEFAULT_NODE_ID = "envoy"
 DEFAULT_NODE_CLUSTER = "vllm-xds"
 CERTIFICATE, CA = "certificate", "ca"  # names of the two secrets
+
+_PORT = re.compile(r"[0-9]{1,5}")
 
 _TEMPLATE = """\
 # Envoy's bootstrap: everything but the way to the management server comes from there.
@@ -181,7 +184,7 @@ def split_address(text: str) -> tuple[str, int]:
     """`HOST:PORT` -> (host without brackets, port 1-65535)."""
     before, separator, port = text.rpartition(":")
     host = before.removeprefix("[").removesuffix("]")
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not separator or not host or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         raise ValueError(f"expected HOST:PORT with a port from 1 to 65535, found {text!r}")
     return host, int(port)
 
@@ -202,7 +205,9 @@ def worker_addresses(address: str, workers: int) -> tuple[str, ...]:
 
 
 def _quoted(text: str) -> str:
-    """As a YAML scalar on one line, whatever is in it."""
+    """As a YAML scalar on one line, whatever is in it; ValueError for what has no UTF-8 form and so none in YAML."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"expected UTF-8, found {text!r}")
     return yaml.safe_dump(text, default_style='"', width=math.inf).rstrip("\n")
 
 

@@ -30,6 +30,9 @@ from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
 LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
 CONFIG = "type.googleapis.com/vllm_xds.v1.PoolConfig"
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+MAX_PODS = 20_000  # pods, and pools, of all reports together: some 200 MB, and seconds to place on the ring
+MAX_REFUSAL = 2000  # characters of a refusal: the server keeps no more, and a NACK has to fit into its 4 MiB
+MAX_VALUE = 1e30  # of a load: beyond all that a page can add up to, and sums and products of such are finite
 WATCH = 1.0  # seconds between looks at the loads' age
 
 log = structlog.get_logger()
@@ -52,6 +55,8 @@ class Subscription:
         self._node_id = node_id
         self._type_url = type_url
         self._versions: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}  # pool -> its pods, and itself
+        self._size = 0
 
     def open(self) -> DeltaDiscoveryRequest:
         """The first request of a stream."""
@@ -63,24 +68,39 @@ class Subscription:
 
     def receive(self, response: DeltaDiscoveryResponse) -> Outcome:
         """Good resources count even when others of the same response are refused."""
-        values, refusals = [], []
+        values: list[PoolLoad | PoolConfig] = []
+        refusals: list[str] = []
         if response.type_url != self._type_url:
             refusals.append(f"type {response.type_url} was not asked for")
         for encoded in response.resources if not refusals else ():
             try:
                 resource = Resource.FromString(encoded)
-                values.append(decode(resource, self._type_url))
+                value = decode(resource, self._type_url)
+                self._count(value.name, 1 + (len(value.pods) if isinstance(value, PoolLoad) else 0))
             except (DecodeError, ValueError) as error:
                 refusals.append(str(error))
             else:
+                values.append(value)
                 self._versions[resource.name] = resource.version
         for name in response.removed_resources:
             self._versions.pop(name, None)
-        refusal = "; ".join(refusals)
+            self._count(name, 0)
+        refusal = "; ".join(refusals)[:MAX_REFUSAL]
         request = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
         if refusal:
             request.error_detail.CopyFrom(Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=refusal))
         return Outcome(request, tuple(values), tuple(response.removed_resources), refusal)
+
+    def _count(self, name: str, size: int) -> None:
+        total = self._size - self._sizes.get(name, 0) + size
+        if size and total > MAX_PODS:
+            raise ValueError(f"{name}: more than {MAX_PODS} pods and pools in all")
+        self._size, self._sizes[name] = total, size
+        if not size:
+            del self._sizes[name]
+
+
+_MOST = dict.fromkeys(("running", "waiting", "prefill_rate", "start_time"), MAX_VALUE) | {"kv_usage": 1.0}
 
 
 def decode(resource: Resource, type_url: str) -> PoolLoad | PoolConfig:
@@ -104,9 +124,9 @@ def _load(wire: WirePoolLoad) -> PoolLoad:
         if not endpoint.hash_key or endpoint.hash_key in hash_keys:
             raise ValueError(f"{name}: hash_key {endpoint.hash_key!r} is empty or given twice")
         hash_keys.add(endpoint.hash_key)
-        for field in ("running", "waiting", "kv_usage", "prefill_rate", "start_time"):
+        for field, most in _MOST.items():
             value = getattr(endpoint, field)
-            if not isfinite(value) or value < 0:
+            if not 0 <= value <= most:  # a NaN is not
                 raise ValueError(f"{name}: {endpoint.hash_key}: {field} is {value}")
         if not isfinite(endpoint.age):
             raise ValueError(f"{name}: {endpoint.hash_key}: age is {endpoint.age}")

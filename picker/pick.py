@@ -99,6 +99,7 @@ class Picker:
         self._memory = memory or Memory()
         self._tell = tell
         self._pools: dict[str, _State] = {}
+        self._pods = 0  # in all pools
         self._unknown = HotPrefixes()
 
     @property
@@ -114,8 +115,8 @@ class Picker:
         """Take a pool's load report, which arrived at `now`."""
         state = self._state(load.name)
         state.reported = True
-        pods = sum(len(other.pool) for other in self._pools.values() if other is not state) + len(load.pods)
-        state.pool.update(load, CHUNKS // max(1, pods), now)
+        self._pods += len(load.pods) - len(state.pool)
+        state.pool.update(load, CHUNKS // max(1, self._pods), now)
         hash_keys = tuple(pod.hash_key for pod in load.pods)
         if hash_keys != state.hash_keys:
             state.hash_keys, state.ring = hash_keys, Ring(hash_keys)
@@ -123,8 +124,10 @@ class Picker:
     def forget(self, name: str) -> None:
         """The pool's loads are gone, and its pods with them."""
         state = self._pools.pop(name, None)
-        if state is not None and state.config is not None:
-            self.configure(state.config)
+        if state is not None:
+            self._pods -= len(state.pool)
+            if state.config is not None:
+                self.configure(state.config)
 
     def configure(self, config: PoolConfig) -> None:
         """Take a pool's settings."""

@@ -122,7 +122,11 @@ class SotwPeer(Peer):
         """Start a new stream: every subscription with its version, as Envoy does."""
         self._spoken = False
         self.nonces.clear()
-        return [self._request(type_url) for type_url in self.names]
+        return [self.resume(type_url) for type_url in self.names]
+
+    def resume(self, type_url: str) -> wire.DiscoveryRequest:
+        """Subscribe to one type again, as `reconnect` does to all."""
+        return self._request(type_url)
 
     def _request(self, type_url: str) -> wire.DiscoveryRequest:
         return wire.DiscoveryRequest(
@@ -200,15 +204,16 @@ class DeltaPeer(Peer):
     def reconnect(self) -> list[wire.DeltaDiscoveryRequest]:
         """Start a new stream: every subscription with the versions held, as Envoy does."""
         self._spoken = False
-        return [
-            wire.DeltaDiscoveryRequest(
-                node=self._greeting(),
-                type_url=type_url,
-                resource_names_subscribe=sorted(names),
-                initial_resource_versions=self.versions.get(type_url, {}),
-            )
-            for type_url, names in self.names.items()
-        ]
+        return [self.resume(type_url) for type_url in self.names]
+
+    def resume(self, type_url: str) -> wire.DeltaDiscoveryRequest:
+        """Subscribe to one type again, as `reconnect` does to all."""
+        return wire.DeltaDiscoveryRequest(
+            node=self._greeting(),
+            type_url=type_url,
+            resource_names_subscribe=sorted(self.names[type_url]),
+            initial_resource_versions=self.versions.get(type_url, {}),
+        )
 
 
 class AdsClient:

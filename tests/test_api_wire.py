@@ -116,11 +116,17 @@ def test_refusals() -> None:
     details = {"details": {"retryAfterSeconds": 3}}
     assert refusal(429, json.dumps(status).encode(), "1").retry_after == 1
     assert refusal(429, json.dumps(status | details).encode()).retry_after == 3
+    useless: object
+    for useless in (10**400, -1, 3.5, "3", None):
+        told = {"details": {"retryAfterSeconds": useless}}
+        assert refusal(429, json.dumps(status | told).encode()).retry_after == 0
     assert refusal(429, json.dumps(status).encode(), "Wed, 21 Oct 2026").retry_after == 0
     failure = refusal(500, json.dumps({"kind": "Status", "message": "boom\n" * 1000}).encode())
     assert (failure.reason, failure.status) == ("HTTP", 500)
     assert len(failure.message) <= SHOWN
     assert "\n" not in failure.message
+    for body in (b"\x1b[2J", b'{"kind": "Status", "message": "\\u001b[2J"}'):
+        assert refusal(500, body).message.endswith(r"\x1b[2J")
     odd = refusal(418, json.dumps({"kind": "Status", "reason": "no word"}).encode())
     assert odd == Failure("HTTP", "HTTP 418", 418)
 

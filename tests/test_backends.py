@@ -208,6 +208,21 @@ def test_each_backend_has_the_cluster_its_name_says() -> None:
     assert set(backends.clusters) == {web.name, llm.name}
 
 
+def test_endpoints_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there are MAX_ENDPOINTS no further backend is given any, and says so; the ones before keep theirs."""
+    monkeypatch.setattr("xds.backends.MAX_ENDPOINTS", 2)
+    pods = [pod(name, f"10.0.0.{i}") for i, name in enumerate("abc", 1)]
+    backends = Backends(config(service(), pool("p"), pool("q"), *pods))
+    web = backends.resolve(backend(), "default")
+    assert isinstance(web, Cluster)
+    assert len(web.endpoints) == 3
+    refused = backends.resolve(backend("p", "InferencePool"), "default")
+    assert isinstance(refused, tuple)
+    assert refused[0] == "TooManyEndpoints"
+    assert backends.resolve(backend(), "default") == web
+    assert list(backends.clusters) == [web.name]
+
+
 def test_h2c_is_the_ports_own() -> None:
     """appProtocol is said port by port."""
     ports = (ServicePort("h1", 80, 8000), ServicePort("h2", 81, 8001, "kubernetes.io/h2c"))

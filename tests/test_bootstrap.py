@@ -58,14 +58,36 @@ def test_names_are_what_was_given(node_id: str, node_cluster: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "host", ":1", "host:", "[]:1", "host:0", "host:65536", "host:-1", "host:1x", "host:" + "9" * 5000]
+    "text",
+    [
+        "",
+        "host",
+        ":1",
+        "host:",
+        "[]:1",
+        "host:0",
+        "host:65536",
+        "host:-1",
+        "host:1x",
+        "host:\u0661",
+        "host:" + "9" * 5000,
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """By a sentence, for the server as for the admin API."""
-    with pytest.raises(ValueError, match=r"HOST:PORT|integer string"):
+    with pytest.raises(ValueError, match="expected HOST:PORT"):
         bootstrap.render(text)
-    with pytest.raises(ValueError, match=r"HOST:PORT|integer string"):
+    with pytest.raises(ValueError, match="expected HOST:PORT"):
         bootstrap.render(admin=text)
+
+
+@pytest.mark.parametrize("given", [{"node_id": "\udcff"}, {"node_cluster": "a\ud800"}, {"tls_sds": "/\udcff"}])
+def test_what_is_no_utf8_is_refused(given: dict[str, str]) -> None:
+    """YAML has no form for it, so Envoy would not start: a sentence instead, of the secrets' paths too."""
+    with pytest.raises(ValueError, match="expected UTF-8, found"):
+        bootstrap.render(**given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected UTF-8, found"):
+        bootstrap.secrets("/a", "/b", next(iter(given.values())))
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,20 @@ def test_broken_parts_cost_only_themselves(tmp_path: Path) -> None:
     assert [(each.source, each.reason) for each in broken] == [("a.yaml:7", "InvalidYAML"), ("e.json:2", "InvalidYAML")]
 
 
-def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
-    """Its name reaches messages in a form that can be printed."""
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.yaml")).write_text(_pod("a"))
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [(b"\xff.yaml", r"\xff.yaml"), (b"a\n\x1b[2J.yaml", r"a\n\x1b[2J.yaml"), ("é.yaml".encode(), "é.yaml")],
+)
+def test_file_name_that_cannot_be_printed(tmp_path: Path, name: bytes, shown: str) -> None:
+    """It reaches messages in a form that can, be it no UTF-8, or several lines and what a terminal obeys."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text(_pod("a"))
     (document,) = read(tmp_path).documents
-    assert document.source == r"\xff.yaml:1"
+    assert document.source == f"{shown}:1"
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_FILES", 1), ("MAX_FILE_SIZE", 90), ("MAX_TOTAL_SIZE", 100)])
+@pytest.mark.parametrize(
+    ("limit", "value"), [("MAX_FILES", 1), ("MAX_FILE_SIZE", 90), ("MAX_TOTAL_SIZE", 100), ("MAX_DOCUMENTS", 1)]
+)
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     """What is beyond a limit is unreadable, so that its objects stay, and is named; what is within is read."""
     (tmp_path / "a.yaml").write_text(_pod("a"))
@@ -133,6 +139,13 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, val
     assert _names(reading) == ["a"]
     assert reading.unreadable == {"b.yaml"}
     assert "limits" in reading.rejections[0].message
+
+
+def test_a_file_is_as_large_as_what_is_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size its directory gives: a file that grows meanwhile, or one of /proc, has no end."""
+    (tmp_path / "a.yaml").symlink_to("/proc/self/status")  # size 0, some hundred bytes
+    monkeypatch.setattr(directory_module, "MAX_FILE_SIZE", 100)
+    assert read(tmp_path).unreadable == {"a.yaml"}
 
 
 @pytest.mark.parametrize("name", ["missing", "file"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xds.in_flight import MAX_AGE, InFlight, Reported, read_report
+from xds.in_flight import MAX_AGE, MAX_REQUESTS, InFlight, Reported, read_report
 from xds.wire import endpoint_pb2
 from xds.wire import load_stats_pb2 as pb
 
@@ -30,6 +30,17 @@ def test_a_report_is_read_by_cluster_and_endpoint() -> None:
     message = request(a=3, b=1, b2=2)
     message.MergeFrom(request("xds", a=7))
     assert read_report(message, "pool/") == {POOL: {"10.0.0.1:8000": 3, "[fd00::2]:8000": 3}}
+
+
+def test_a_report_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count no Envoy can have is cut, so that no sum leaves its field; what is beyond MAX_ENDPOINTS is left out."""
+    assert read_report(request(a=2**64 - 1, b=2**64 - 1, b2=1), "") == {
+        POOL: {"10.0.0.1:8000": MAX_REQUESTS, "[fd00::2]:8000": MAX_REQUESTS}
+    }
+    monkeypatch.setattr("xds.in_flight.MAX_ENDPOINTS", 2)
+    message = request(a=1, b=2)
+    message.MergeFrom(request("pool/default/other", a=1))
+    assert read_report(message, "") == {POOL: {"10.0.0.1:8000": 1, "[fd00::2]:8000": 2}, "pool/default/other": {}}
 
 
 def test_what_all_envoys_have_is_summed() -> None:

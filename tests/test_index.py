@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,6 +162,18 @@ def test_every_kind_reaches_its_field() -> None:
     assert config.rejections == ()
     for name in Config.__slots__:
         assert len(getattr(config, name)) == (name != "rejections"), name
+
+
+def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first by file and line are told, and that there are more; the objects are served all the same."""
+    monkeypatch.setattr("xds.index.MAX_REJECTIONS", 2)
+    documents = [_bad(name, f"f:{9 - line}") for line, name in enumerate("abcd")]
+    config = Index().update(Reading((*documents, _pod("e", "f:10")))).config()
+    assert [each.source for each in config.rejections] == ["f:6", "f:7", ""]
+    assert config.rejections[-1].reason == "TooMany"
+    assert _served(config) == ["e@10.0.0.1"]
+    exactly = Index().update(Reading(tuple(documents[:2]))).config()
+    assert [each.source for each in exactly.rejections] == ["f:8", "f:9"]
 
 
 _DOCUMENTS = st.builds(

@@ -249,6 +249,16 @@ async def test_silence_ends(client: Client, odd: Odd) -> None:
     assert (first, failure.reason) == ({"a": 1}, "Timeout")
 
 
+async def test_a_redirect_to_nowhere(client: Client, odd: Odd) -> None:
+    """To a host whose name can be none, as to one that is not there, it is a fault like others."""
+    for host in ("x" * 70, "127.0.0.1:1", "a b", "[::"):
+        odd.status, odd.headers = 302, {"Location": f"http://{host}/"}
+        failure = await client.get("/x", {}, LONG)
+        assert isinstance(failure, Failure)
+        assert failure.reason == "Unreachable"
+        assert [each.reason for each in await lines_of(client)] == ["Unreachable"]
+
+
 async def test_sizes_are_bounded(client: Client, odd: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page beyond MAX_BODY, and a line beyond aiohttp's buffer: 4 MiB, more than any object may have."""
     monkeypatch.setattr(kube_client, "MAX_BODY", 1000)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from picker.cost import PoolLoad
+from picker.loads import LOAD as LOAD_TYPE
+from picker.loads import decode
+from tests.test_exposition import VLLM, servers
+from xds.exposition import Unreadable, parse_page
 from xds.in_flight import Reported
 from xds.loads import pool_load
 from xds.model import Cluster, Endpoint, Load
 from xds.weights import Pool, Sample, weigh
+from xds.wire import discovery_pb2 as discovery
 from xds.wire import load_pb2 as pb
 
 A = Endpoint("10.0.0.2", 8000, "default/a")
@@ -96,3 +106,22 @@ def test_what_is_in_flight_is_passed_on() -> None:
     assert message.in_flight.age == pytest.approx(1.5)
     assert [(e.hash_key, e.in_flight) for e in message.endpoints] == [("default/a", 7), ("default/b", 0)]
     assert not pb.PoolLoad.FromString(pool_load(cluster, pool, 10.0, 1)).HasField("in_flight")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(servers(), min_size=1, max_size=4))
+def test_whatever_pages_say_the_picker_takes_the_report(answers: list[VLLM]) -> None:
+    """NaN, infinite, negative and huge values, counters that go back: the picker never refuses the pool's report, which
+    would cost it the pod's neighbours, too."""
+    pool = Pool("p")
+    load: Load | None = None
+    for turn, server in enumerate(answers):
+        page = parse_page(server.page())
+        load = load if isinstance(page, Unreadable) else page
+        pool, _ = weigh(pool, [Sample("default/a", load, 10.0 * turn)], 10.0 * turn, 2.0)
+        body = pool_load(Cluster("p", (A,)), pool, 10.0 * turn, turn)
+        report = decode(discovery.Resource(name="p", resource=discovery.Any(type_url=LOAD_TYPE, value=body)), LOAD_TYPE)
+        assert isinstance(report, PoolLoad)
+        (pod,) = report.pods
+        assert (pod.age < 0) is (load is None)
+        assert math.isfinite(pod.running + pod.waiting + pod.kv_usage + pod.prefill_rate)

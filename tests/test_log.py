@@ -66,6 +66,24 @@ def test_hostile_text_stays_within_its_line() -> None:
     assert stream.getvalue().count("\n") == 1
 
 
+@pytest.mark.parametrize("fmt", ["json", "console"])
+def test_a_traceback_has_no_variables(fmt: str) -> None:
+    """They hold what requests say, as long as it may be: the frames are there, and none of that."""
+    stream = io.StringIO()
+    log.configure(fmt, "info", stream)
+
+    def read(prompt: str) -> int:
+        return int(f"{prompt[:0]}boom")
+
+    try:
+        read("tercesa"[::-1])
+    except ValueError:
+        structlog.get_logger().exception("task failed")
+    assert "boom" in stream.getvalue()
+    assert "in read" in stream.getvalue() or '"name": "read"' in stream.getvalue()
+    assert "asecret" not in stream.getvalue()
+
+
 def test_an_exception_is_part_of_the_object() -> None:
     """A traceback over many lines could not be parsed line by line."""
     stream = io.StringIO()

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from xds.manifest import MAX_DEPTH, BadDocument, Document, expand, read_json, read_yaml
+from xds.manifest import MAX_DEPTH, MAX_NODES, BadDocument, Document, expand, read_json, read_yaml
 
 
 def _one(text: str) -> Any:
@@ -49,6 +49,12 @@ def test_a_broken_document_costs_no_other(broken: str) -> None:
     assert isinstance(bad, BadDocument)
     assert 3 <= bad.line <= 5 + broken.count("\n")
     assert bad.message
+
+
+def test_lines_are_those_of_an_editor() -> None:
+    """Other characters that YAML takes for the end of a line end none; a CRLF is one end."""
+    text = "é: \u20281\r\n---\r\n\r\x85\r\na: 1\n---\n\r\r: \n---\nb: [\n"
+    assert [each.line for each in read_yaml(text)] == [2, 4, 6, 9]
 
 
 def test_a_marker_in_a_block_of_text_is_text() -> None:
@@ -125,6 +131,7 @@ def test_json() -> None:
     assert read_json('{"a": 1, "a": 2}') == BadDocument(1, "a mapping has one key twice")
     assert isinstance(read_json("[" * 100_000), BadDocument)
     assert isinstance(read_json("9" * 5000), BadDocument)
+    assert read_json(f"[{'1,' * MAX_NODES}1]") == BadDocument(1, f"more than {MAX_NODES} values")
 
 
 def test_expand() -> None:

@@ -31,7 +31,7 @@ from xds.model import (
     SliceEndpoint,
     Strategy,
 )
-from xds.parse import MAX_UNKNOWN, Parsed, parse
+from xds.parse import MAX_NOTES, MAX_UNKNOWN, Parsed, parse
 
 # One valid object of every kind, with every field that is read; the mutation test changes them.
 OBJECTS: list[Any] = list(
@@ -317,6 +317,7 @@ def test_unknown_fields_are_named_and_bounded() -> None:
         {"labels": {"k": "not a label"}},
         {"labels": {f"k{i}": "v" for i in range(MAX_LABELS + 1)}},
         {"labels": {1: "v"}},
+        {"labels": {"a\x1b[2J/k": "v"}},
         {"labels": ["k"]},
         {"creationTimestamp": 5},
         {"creationTimestamp": "yesterday"},
@@ -522,10 +523,9 @@ def test_pod_without_address_and_deleting() -> None:
     pod = parse(document).object
     assert isinstance(pod, Pod)
     assert (pod.ip, pod.deleting) == ("", True)
-    document["status"]["podIP"] = "localhost"
-    assert _only(parse(document)).message == 'expected an IP address, found "localhost"'
-    document["status"]["podIP"] = "::1%lo"
-    assert _only(parse(document)).field == "status.podIP"
+    for wrong, expected in (("localhost", ""), ("fe80::1%a b", " without a zone"), ("::1%lo", " without a zone")):
+        document["status"]["podIP"] = wrong
+        assert _only(parse(document)).message == f'expected an IP address{expected}, found "{wrong}"'
 
 
 @pytest.mark.parametrize(
@@ -563,6 +563,19 @@ def test_not_a_duration(text: object) -> None:
     document = _object("BackendTrafficPolicy")
     document["spec"]["timeout"]["http"]["requestTimeout"] = text
     assert _only(parse(document)).field == "spec.timeout.http.requestTimeout"
+
+
+def test_rejections_of_one_object_are_bounded() -> None:
+    """Of hundreds the first are told, and the one that costs the object."""
+    document = _object("HTTPRoute")
+    filters = [{"type": "CORS"}] * 16
+    rule = {"backendRefs": [{"name": "s", "port": 1, "filters": filters}] * 16}
+    document["spec"]["rules"] = [rule] * 8 + [{"matches": 3}]
+    parsed = parse(document)
+    assert len(parsed.rejections) == MAX_NOTES
+    assert parsed.object is None
+    assert parsed.rejections[0].field == "spec.rules[0].backendRefs[0].filters[0].type"
+    assert parsed.rejections[-1].field == "spec.rules[8].matches"
 
 
 # --- nothing raises ---------------------------------------------------------------------------------------------------

@@ -401,6 +401,7 @@ def test_timeouts() -> None:
         ("matches: [{method: post}]", "matches[0].method"),
         ("matches: POST", "matches"),
         ("backendRefs: [{name: s}]", "backendRefs[0].port"),
+        ('backendRefs: [{name: "s\\e[2J", port: 1}]', "backendRefs[0].name"),
         ("backendRefs: [{name: s, port: 1, weight: -1}]", "backendRefs[0].weight"),
         ("backendRefs: [{name: s, port: 1, weight: 1000001}]", "backendRefs[0].weight"),
         ("filters: [{type: URLRewrite}]", "filters[0].urlRewrite"),

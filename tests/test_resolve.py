@@ -773,3 +773,49 @@ def test_routes_on_a_wide_and_a_narrow_hostname_of_one_route() -> None:
     both: HTTPRoute = route(rule(), hostnames=["*.a.io", "x.a.io"])
     names = ["default/route/0/0"]
     assert routed(served(gateway(), both)) == {(8080, "*.a.io"): names, (8080, "x.a.io"): names}
+
+
+def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hostname takes the rules of wider ones with it: what is beyond MAX_ROUTES is named, what was before stays."""
+    old, new = "2025-01-01T00:00:00Z", "2025-01-02T00:00:00Z"
+    wide = route(rule(matches=[exact("/a"), exact("/b")]), name="wide", created=old)
+    narrow = [route(name=name, hostnames=[f"{name}.io"], created=new) for name in "abc"]
+    late = route(rule(matches=[exact("/c"), exact("/d")]), name="late", created="2025-01-03T00:00:00Z")
+    objects: list[Object] = [gateway(), wide, *[replace(each, rules=(rule(),)) for each in narrow], late]
+    whole = served(*objects)
+    count = sum(len(host.routes) for host in whole.listeners[0].virtual_hosts)
+    assert (reasons(whole), count) == ([], 4 + 3 * 5)
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 9)
+    topology = served(*objects)
+    assert routed(topology) == {
+        (8080, "*"): ["default/wide/0/0", "default/wide/0/1"],
+        (8080, "a.io"): ["default/a/0/0", "default/wide/0/0", "default/wide/0/1"],
+        (8080, "b.io"): ["default/b/0/0", "default/wide/0/0", "default/wide/0/1"],
+    }
+    assert [(str(each.ref), each.reason, each.field) for each in topology.rejections] == [
+        ("HTTPRoute default/c", "TooManyRoutes", "spec.rules[0]"),
+        ("HTTPRoute default/late", "TooManyRoutes", "spec.rules[0]"),
+    ]
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", count)
+    assert served(*objects) == whole
+
+
+def test_https_listeners_of_a_port_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answers for the hostnames of all others, so their number counts squared; the last ones are left out."""
+    listeners = [listener(name, 443, f"{name}.io", certificates=["cert"]) for name in "abcd"]
+    whole = served(gateway(*listeners), secret())
+    assert [len(chain.virtual_hosts) for chain in whole.listeners[0].chains] == [4] * 4
+    monkeypatch.setattr("xds.resolve.MAX_ROUTES", 6)
+    topology = served(gateway(*listeners), secret())
+    assert [chain.hostname for chain in topology.listeners[0].chains] == ["a.io", "b.io", "c.io"]
+    assert reasons(topology) == ["TooManyRoutes"]
+
+
+def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first are told, and that there are more; one found twice is one."""
+    monkeypatch.setattr("xds.resolve.MAX_REJECTIONS", 2)
+    both = gateway(listener("a", 80), listener("b", 81))
+    bad = route(rule(backend("no"), backend("none")))
+    assert reasons(served(both, bad)) == ["BackendNotFound", "BackendNotFound"]
+    bad = route(rule(backend("no"), backend("none")), parents=[parent("x"), parent()])
+    assert reasons(served(both, bad)) == ["NoMatchingParent", "BackendNotFound", "TooMany"]

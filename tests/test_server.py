@@ -26,7 +26,7 @@ class Served:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self.server = ManagementServer(self.metrics)
+        self.server = ManagementServer(self.metrics, linger=0)
         self.address = ""
 
     def value(self, name: str, **labels: str) -> float:
@@ -341,6 +341,21 @@ async def test_restarted_server_resends_nothing(served: Served, connect: Any) ->
         response = await moved.receive()
         assert (list(response.resources), list(response.removed_resources)) == ([], [])
     await second.stop(grace=0.1)
+
+
+async def test_stand_ins_are_logged(served: Served, connect: Any) -> None:
+    """A SotW client that comes back with an unknown cluster is one event, which names it; the next change is none."""
+    client = await connect(SotwPeer("envoy-7"))
+    peer = client.peer
+    peer.names, peer.versions = {CLUSTER: set(), ENDPOINT: {"gone"}}, {CLUSTER: "of another server"}
+    served.server.publish(snapshot(cds={"a": "1"}))
+    with structlog.testing.capture_logs() as logs:
+        await client.send(*peer.reconnect())
+        for revision in "123":
+            served.server.publish(snapshot(cds={"a": revision}))
+            await client.send(peer.ack(await client.receive()))
+    events = [line for line in logs if line["event"] == "stand-ins sent"]
+    assert [(line["node"], line["clusters"], line["names"]) for line in events] == [("envoy-7", 1, ("gone",))]
 
 
 async def test_stop_ends_the_streams(served: Served, connect: Any) -> None:

@@ -257,6 +257,12 @@ async def answering(handler: Callable[[web.BaseRequest], Awaitable[web.StreamRes
 
 
 EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": [], "clients": []}
+BUSY = {"running": 0, "waiting": 10**400, "kv_usage": 0, "age": 1}
+HUGE = {
+    "name": "p",
+    "strategy": "DEFAULT",
+    "endpoints": [{"endpoint": "a", "address": "b", "weight": 1, "draining": False, **BUSY}],
+}
 
 
 @pytest.mark.parametrize(
@@ -274,11 +280,12 @@ EMPTY: dict[str, Any] = {"ready": True, "ports": [], "pools": [], "rejections": 
         json.dumps({**EMPTY, "pools": [7]}),
         json.dumps({**EMPTY, "pools": [{}]}),
         json.dumps({**EMPTY, "rejections": [{}]}),
+        json.dumps({**EMPTY, "pools": [HUGE]}),
     ],
     ids=lambda body: body[:12],
 )
 async def test_an_answer_of_another_shape(body: str) -> None:
-    """Whatever it is, there is one sentence."""
+    """Whatever it is, a number beyond every float included, there is one sentence."""
 
     async def handler(_: web.BaseRequest) -> web.Response:
         return web.Response(text=body)
@@ -287,6 +294,19 @@ async def test_an_answer_of_another_shape(body: str) -> None:
         with pytest.raises(StatusError) as told:
             await status(address)
         assert str(told.value) == f"{address} answers, but not as a management server of this version"
+
+
+async def test_nothing_of_an_answer_moves_the_cursor() -> None:
+    """Not even where only numbers and names of ours are expected."""
+    ports = [{"port": "\x1b[2J", "group": "", "routes": 0}, {"port": 1, "group": "\x1b]0;", "routes": 0}]
+
+    async def handler(_: web.BaseRequest) -> web.Response:
+        return web.json_response({**EMPTY, "ports": ports})
+
+    async with answering(handler) as address:
+        _, lines = await status(address)
+    assert "\x1b" not in "".join(lines)
+    assert " [2J;  ]0;: ports 1" in lines[0]
 
 
 async def test_another_http_server() -> None:

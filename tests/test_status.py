@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import aiohttp
@@ -55,6 +56,39 @@ async def test_pages_of_json() -> None:
         assert await get(port, "/debug/x?name=a%2Fb") == (200, '{"name": "a/b"}')
         assert await get(port, "/debug/x") == (404, "no such thing\n")
         assert (await get(port, "/debug/y?name=a"))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET\r\n\r\n",
+        b"GET / HTTP/1.1\r\n: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nA: " + b"a" * 9000,
+        b"GET http://[ HTTP/1.1\r\n\r\n",
+    ],
+)
+async def test_a_bad_request_is_refused_without_a_word(request_: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever can connect would fill the log: an answer of 400, and the next one is served."""
+    async with serve_status("127.0.0.1", 0, CollectorRegistry(), lambda: True) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_)
+        assert b" 400 " in await reader.readline()
+        writer.close()
+        assert (await get(port, "/healthz"))[0] == 200
+    assert caplog.records == []
+
+
+async def test_a_fault_of_a_page_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It is ours: an answer of 500, and a traceback."""
+
+    async def page(_: Mapping[str, str]) -> object:
+        raise ZeroDivisionError
+
+    async with serve_status("127.0.0.1", 0, CollectorRegistry(), lambda: True, {"/debug/x": page}) as port:
+        assert (await get(port, "/debug/x"))[0] == 500
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 def test_every_series_has_our_prefix() -> None:

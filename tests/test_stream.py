@@ -13,24 +13,46 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from tests.ads_client import FULL_STATE, DeltaPeer, SotwPeer, resource, revision_of
 from tests.scenarios import FULL, OF_ONE_TYPE, PEERS, SCENARIOS, Link, snapshot, start_up
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, Snapshot, make_resource
-from xds.stream import HOLD, MAX_MESSAGE, MAX_NAME, MAX_NAMES, DeltaStream, Kind, Received, Refusal, SotwStream
+from xds.stream import (
+    GATHER,
+    HOLD,
+    LINGER,
+    MAX_MESSAGE,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_STAND_INS,
+    DeltaStream,
+    Kind,
+    Received,
+    Refusal,
+    SotwStream,
+)
 from xds.wire import discovery_pb2 as wire
 
 
-class MemoryLink(Link):
-    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone."""
+def stand_in(name: str) -> bytes:
+    return wire.Node(id=name, cluster="stand-in").SerializeToString()
 
-    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "") -> None:
+
+class MemoryLink(Link):
+    """A peer and a stream joined in memory; `now` is the stream's clock. `only`: the service for this type alone.
+
+    What is gone is taken away at once unless `linger` says otherwise.
+    """
+
+    def __init__(self, peer: SotwPeer | DeltaPeer, only: str = "", linger: float = 0.0) -> None:
         self.peer = peer
         self.only = only
+        self.linger = linger
         self.now = 0.0
         self.snapshot: Snapshot | None = None
         self.stream: Any = self._open()
         self.responses: deque[Any] = deque()
 
     def _open(self) -> SotwStream | DeltaStream:
-        stream = DeltaStream if isinstance(self.peer, DeltaPeer) else SotwStream
-        return stream("test", self.only)
+        if isinstance(self.peer, DeltaPeer):
+            return DeltaStream("test", self.only, self.linger)
+        return SotwStream(stand_in, "test", self.only, self.linger)
 
     def advance(self) -> None:
         sent = self.stream.advance(self.snapshot, self.now)
@@ -107,6 +129,125 @@ async def test_removals_are_held_for_a_bounded_time(link: MemoryLink) -> None:
     await link.quiet()
 
 
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_what_is_gone_lingers(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """A cluster is told to be gone LINGER after its last route was replaced: a request may still be on its way there.
+
+    Meanwhile the client counts as settled, a change of another cluster takes nothing away, and a new stream waits anew
+    (in SotW with a stand-in for what is gone).
+    """
+    link = MemoryLink(peer(), linger=LINGER)
+    await start_up(link)
+    link.now = 100.0
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    link.now = 103.0
+    await link.expect(ROUTE, {"r": "2"})
+    await link.quiet()
+    assert link.stream.settled(link.snapshot)
+    assert link.stream.deadline(link.now) == 103.0 + LINGER
+    link.now += LINGER - 0.1
+    await link.publish(snapshot(cds={"a": "2"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    await link.expect(CLUSTER, {"a": "2"})
+    await link.expect(ENDPOINT, {"a": "1"})
+    await link.quiet()
+
+    await link.reconnect()
+    while link.responses:
+        response = await link.receive()
+        assert not link.delta or not response.removed_resources
+        await link.send(link.peer.ack(response))
+    assert set(link.peer.revisions(CLUSTER)) == {"a", "b"}
+    link.now += LINGER - 0.1
+    link.advance()
+    await link.quiet()
+    link.now += 0.1
+    link.advance()
+    await link.expect_removed(CLUSTER, "b")
+    await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+    assert link.peer.revisions(CLUSTER) == {"a": "2"}
+    assert link.stream.settled(link.snapshot)
+    assert link.stream.deadline(link.now) is None
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=["sotw", "delta"])
+async def test_each_lingers_by_itself(peer: type[SotwPeer | DeltaPeer]) -> None:
+    """Route after route is replaced: what is gone goes LINGER after its own route, though a later one is unanswered.
+
+    What comes back before that was never away.
+    """
+    link = MemoryLink(peer(), linger=LINGER)
+    await start_up(link)
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "2"}))
+    await link.expect(ROUTE, {"r": "2"})
+    link.now = LINGER - 1
+    await link.publish(snapshot(lds={"l": "1"}, rds={"r": "3"}))
+    response = await link.expect(ROUTE, {"r": "3"}, ack=False)
+    await link.quiet()
+    link.now = LINGER
+    link.advance()
+    await link.expect_removed(CLUSTER, "b")
+    await link.expect_removed(ENDPOINT, "b")
+    await link.quiet()
+    await link.send(link.peer.ack(response))
+    await link.publish(snapshot(cds={"a": "1"}, eds={"a": "1"}, lds={"l": "1"}, rds={"r": "3"}))
+    if not link.delta:
+        await link.expect(ENDPOINT, {"a": "1"})  # SotW cannot tell that they are gone, so they may be
+    link.now = 3 * LINGER
+    link.advance()
+    await link.quiet()
+
+
+async def test_warming_clusters_are_waited_for_a_bounded_time(link: MemoryLink) -> None:
+    """A client that comes back and never asks for clusters gets its routes HOLD seconds later, and not before."""
+    await start_up(link)
+    link.peer.names.pop(CLUSTER)
+    link.now = 100.0
+    await link.reconnect()
+    await link.publish(snapshot(**FULL | {"rds": {"r": "2"}}))
+    await link.expect(ENDPOINT, {} if link.delta else FULL["eds"])
+    assert link.stream.deadline(link.now) == 100.0 + HOLD
+    link.now += HOLD - 0.1
+    link.advance()
+    await link.quiet()
+    link.now += 0.1
+    link.advance()
+    if link.delta:
+        await link.expect(LISTENER)
+    await link.expect(ROUTE, {"r": "2"})
+    await link.quiet()
+    assert link.stream.deadline(link.now) is None
+
+
+async def test_names_of_endpoints_are_waited_for_a_bounded_time() -> None:
+    """A SotW client that comes back with an unknown world and asks for no endpoints gets the new one after GATHER."""
+    link = MemoryLink(SotwPeer())
+    await start_up(link)
+    link.peer.names = {CLUSTER: set()}
+    link.now = 100.0
+    link.snapshot = snapshot(cds={"a": "2"})
+    await link.reconnect()
+    assert link.stream.deadline(link.now) == 100.0 + GATHER
+    link.now += GATHER - 0.1
+    link.advance()
+    await link.quiet()
+    link.now += 0.1
+    link.advance()
+    await link.expect(CLUSTER, {"a": "2"}, {"b"})
+    await link.quiet()
+    assert link.stream.deadline(link.now) is None
+
+
+async def test_stand_ins_are_bounded() -> None:
+    """A client that comes back with any number of names costs no more than MAX_STAND_INS clusters."""
+    link = MemoryLink(SotwPeer())
+    await start_up(link)
+    link.peer.names[ENDPOINT].update(f"gone-{index}" for index in range(2 * MAX_STAND_INS))
+    link.snapshot = snapshot(cds={"a": "2"})
+    await link.reconnect()
+    assert len((await link.receive()).resources) == 1 + MAX_STAND_INS
+
+
 async def test_pool_load_takes_no_part_in_the_order(link: MemoryLink) -> None:
     """Loads are sent to a subscriber at once, whatever else is unanswered; what is gone is removed at once."""
     loads = {POOL_LOAD: [resource(POOL_LOAD, "pool/a")]}
@@ -140,6 +281,9 @@ def test_kinds(peer: type[SotwPeer | DeltaPeer]) -> None:
     assert kind(client.nack(link.responses.popleft())) is Kind.NACK
     assert kind(client.subscribe("type.googleapis.com/no.such.Type", "x")) is Kind.UNKNOWN_TYPE
     assert kind(client.subscribe(ENDPOINT, *map(str, range(MAX_NAMES + 1)))) is Kind.EXCESS
+    if peer is DeltaPeer:
+        claim = dict.fromkeys(map(str, range(MAX_NAMES + 1)), "1")
+        assert kind(wire.DeltaDiscoveryRequest(type_url=CLUSTER, initial_resource_versions=claim)) is Kind.EXCESS
     client.names = {ENDPOINT: {"b"}}
     assert kind(client.subscribe(ENDPOINT, "x" * MAX_NAME)) is Kind.NAMES
     assert kind(client.subscribe(ENDPOINT, "x" * (MAX_NAME + 1))) is Kind.EXCESS
@@ -269,7 +413,7 @@ class Conversation(RuleBasedStateMachine):
         super().__init__()
         self.peer: Any = self.peer_type()
         self.delta = self.peer_type is DeltaPeer
-        self.stream: Any = DeltaStream() if self.delta else SotwStream()
+        self.stream: Any = DeltaStream() if self.delta else SotwStream(stand_in)
         self.snapshot: Snapshot | None = None
         self.now = 0.0
         self.requests: deque[Any] = deque()
@@ -309,6 +453,7 @@ class Conversation(RuleBasedStateMachine):
     def unsubscribe(self, type_url: str, name: str) -> None:
         if name in self.peer.names.get(type_url, ()):
             self.requests.append(self.peer.unsubscribe(type_url, name))
+            self.refused.pop(type_url, None)  # who subscribes again is told again
 
     @rule()
     def server_takes_a_request(self) -> None:
@@ -330,7 +475,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule()
     def reconnect(self) -> None:
-        self.stream = DeltaStream() if self.delta else SotwStream()
+        self.stream = DeltaStream() if self.delta else SotwStream(stand_in)
         self.requests = deque(self.peer.reconnect())
         self.responses.clear()
         self.refused.clear()
@@ -400,7 +545,8 @@ class Conversation(RuleBasedStateMachine):
             )
         if type_url in FULL_STATE:
             return type_url not in self.peer.held or updates != held
-        return all(self.accepted.get((type_url, name)) != body for name, body in updates.items())
+        again = self.asked_again
+        return all(self.accepted.get(named := (type_url, n)) != body or named in again for n, body in updates.items())
 
     def drain(self) -> None:
         for _ in range(1_000):
@@ -442,7 +588,9 @@ class Conversation(RuleBasedStateMachine):
         for name in refused.keys() & held.keys():
             assert held[name].version != refused[name]
         if self.delta or wildcard:
-            routes_refused = any(self.stream.subscriptions[kind].refused for kind in (LISTENER, ROUTE))
+            routes_refused = any(
+                self.stream.subscriptions[kind].refuses(self.snapshot.resources[kind]) for kind in (LISTENER, ROUTE)
+            )
             assert routes_refused or held.keys() <= want
 
 

@@ -11,15 +11,17 @@ def world(**revisions: str) -> dict[str, Resource]:
     return {name: resource(CLUSTER, name, revision) for name, revision in sorted(revisions.items())}
 
 
-def opened(*names: str, tells_absence: bool = True, claim: str = "", **held: str) -> Subscription:
-    sub = Subscription(tells_absence=tells_absence, empty_is_wildcard=True)
+def opened(
+    *names: str, tells_absence: bool = True, full_state: bool = False, claim: str = "", **held: str
+) -> Subscription:
+    sub = Subscription(tells_absence=tells_absence, empty_is_wildcard=True, full_state=full_state)
     sub.open(names=names, claim=claim, held={name: made.version for name, made in world(**held).items()})
     return sub
 
 
-def send(sub: Subscription, resources: dict[str, Resource], *, keep_removed: bool = False) -> Change | None:
+def send(sub: Subscription, resources: dict[str, Resource], *kept: str) -> Change | None:
     """Plan a response and take it as sent."""
-    change = sub.plan(resources, keep_removed=keep_removed)
+    change = sub.plan(resources, kept=kept)
     if change is not None:
         sub.sent(Flight("1", "v", change, 0.0))
     return change
@@ -58,11 +60,11 @@ def test_initial_versions_leave_the_difference() -> None:
 
 
 def test_removed_resources_can_be_kept() -> None:
-    """`keep_removed` keeps what the client holds, and tells of what it does not hold all the same."""
-    sub = opened("a", "ghost", a="1")
-    assert send(sub, {}, keep_removed=True) == Change({}, frozenset({"ghost"}))
+    """What is `kept` and held is not told to be gone; what is not held is all the same, and so is the rest."""
+    sub = opened("a", "b", "ghost", a="1", b="1")
+    assert send(sub, {}, "a", "ghost") == Change({}, frozenset({"b", "ghost"}))
     sub.acked()
-    assert send(sub, {}, keep_removed=True) is None
+    assert send(sub, {}, "a", "ghost") is None
     assert send(sub, {}) == Change({}, frozenset("a"))
 
 
@@ -126,6 +128,48 @@ def test_refused_removal_is_not_repeated() -> None:
     assert send(sub, {}) == Change({}, frozenset("a"))
     sub.nacked("no")
     assert send(sub, {}) is None
+
+
+def test_absent_names_are_forgotten_with_their_subscription() -> None:
+    """Beside a wildcard they are still wanted, but what does not exist is remembered only for who asks for it."""
+    sub = opened("*", "a", "gone", full_state=True)
+    send(sub, world(a="1"))
+    sub.acked()
+    assert sub.held == {**world(a="1"), "gone": None}
+    for name in ("b", "c"):
+        sub.set_names(["*", "a", name])
+        assert send(sub, world(a="1")) == Change({}, frozenset({name}))
+        sub.acked()
+    assert sub.held == {**world(a="1"), "c": None}
+    sub.set_names(["*", "c"])
+    assert send(sub, world(a="1")) is None
+
+
+def test_refused_full_state_is_not_repeated() -> None:
+    """It says what the client holds whether that was owed or not: refused with no more in it, it has said it all."""
+    sub, resources = opened("a", full_state=True), world(a="1")
+    send(sub, resources)
+    sub.acked()
+    sub.set_names(["a", "gone"])
+    sub.owe("a")
+    assert send(sub, resources) == Change(resources, frozenset({"gone"}))
+    sub.nacked("no")
+    assert send(sub, resources) is None
+
+
+def test_refused_full_state_with_one_new_resource_refuses_that() -> None:
+    """What was owed beside it is sent without it, and then nothing more."""
+    sub, resources = opened("a", full_state=True), world(a="1", b="bad")
+    send(sub, world(a="1"))
+    sub.acked()
+    sub.set_names(["a", "b"])
+    sub.owe("a")
+    assert send(sub, resources) == Change(resources, frozenset())
+    sub.nacked("no")
+    assert send(sub, resources) == Change(world(a="1"), frozenset())
+    assert list(sub.after(Change(world(a="1"), frozenset()))) == ["a"]
+    sub.nacked("no")
+    assert send(sub, resources) is None
 
 
 def test_unknown_base_is_replaced_as_a_whole_or_not_at_all() -> None:

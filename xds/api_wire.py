@@ -11,7 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from xds.model import printable
+
 SHOWN = 300  # characters of a server's message that are repeated: it names user, verb and resource in about 200
+
+MAX_RETRY_AFTER = 100_000  # seconds: what is longer is no advice, and may be no float
 
 Key = tuple[str, str]  # namespace ("" for cluster scope) and name
 GroupKind = tuple[str, str]
@@ -126,7 +130,7 @@ def refusal(status: int, body: bytes, retry_after: str = "") -> Failure:
     if isinstance(value, dict) and value.get("kind") == "Status":
         failure = _of_status(status, value)
     else:
-        text = " ".join(body[:SHOWN].decode(errors="replace").split())
+        text = _line(body[:SHOWN].decode(errors="replace"))
         failure = Failure("NotFound" if status == 404 else "HTTP", f"HTTP {status}: {text}", status)
     seconds = float(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else failure.retry_after
     return Failure(failure.reason, failure.message, failure.status, seconds)
@@ -186,9 +190,14 @@ def _items(values: Iterable[object], served: Served) -> Iterator[Item]:
             yield Item((str(metadata.get("namespace") or ""), name), str(metadata.get("uid") or ""), version, document)
 
 
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
 def _of_status(status: int, value: Mapping[str, object]) -> Failure:
     reason, message, details = value.get("reason"), value.get("message"), value.get("details")
     reason = reason if isinstance(reason, str) and _REASON.fullmatch(reason) else "HTTP"
     after = details.get("retryAfterSeconds") if isinstance(details, dict) else None
-    text = " ".join(message[:SHOWN].split()) if isinstance(message, str) else ""
-    return Failure(reason, text or f"HTTP {status}", status, float(after) if isinstance(after, int) else 0.0)
+    seconds = float(after) if isinstance(after, int) and 0 < after < MAX_RETRY_AFTER else 0.0
+    text = _line(message[:SHOWN]) if isinstance(message, str) else ""
+    return Failure(reason, text or f"HTTP {status}", status, seconds)

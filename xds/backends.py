@@ -33,6 +33,8 @@ from xds.models import POOL_GROUPS, PoolKey
 
 NO_MODELS: Mapping[PoolKey, PoolModels] = {}
 
+MAX_ENDPOINTS = 100_000  # of all clusters together, but for the last one's: a pod is in each pool that selects it
+
 METRICS_PATH = "/metrics"  # vLLM's, unless the pod's annotation prometheus.io/path says otherwise
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -54,6 +56,7 @@ class Backends:
     def __init__(self, config: Config, models: Mapping[PoolKey, PoolModels] = NO_MODELS) -> None:
         self._models = models
         self.clusters: dict[str, Cluster] = {}
+        self._room = MAX_ENDPOINTS
         self._services = {(s.meta.ref.namespace, s.meta.ref.name): s for s in config.services}
         # One pool seen through both API groups counts once: the newer group is preferred, and either name reaches it.
         self._pools = {(p.meta.ref.namespace, p.meta.ref.name): p for p in config.pools}
@@ -105,7 +108,10 @@ class Backends:
         else:
             return "InvalidKind", f"{ref.kind} of group {ref.group!r} is not a Service or an InferencePool"
         if name not in self.clusters:
+            if self._room <= 0:
+                return "TooManyEndpoints", f"other backends have {MAX_ENDPOINTS} endpoints or more: {ref} is given none"
             self.clusters[name] = replace(build(), models=models, connect_timeout=connect, connection_idle_timeout=idle)
+            self._room -= len(self.clusters[name].endpoints)
         return self.clusters[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from functools import cache
 
 import betterproto2
 from envoy_data_plane.envoy.config.cluster.v3 import (
@@ -61,6 +62,7 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOpti
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptionsExplicitHttpConfig
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
+from google.protobuf.wrappers_pb2 import StringValue
 
 import bootstrap
 from xds import model
@@ -80,6 +82,7 @@ CONNECT_TIMEOUT = 1.0  # seconds, to a pod in the same network
 UVICORN_IDLE = 4.0  # seconds: uvicorn closes an idle connection after 5, and a request sent just then is lost
 HEALTH_INTERVAL = 2.0  # seconds between GETs of /health: a dead engine answers 503 there at once
 HEALTH_TIMEOUT = 1.0  # seconds
+STAND_IN_WAIT = 1.0  # seconds: as long as the first health check of the clusters that come with it may take
 
 
 def cluster(source: model.Cluster) -> Cluster:
@@ -154,7 +157,7 @@ def picker_cluster(options: Options) -> Cluster:
             HealthCheck(
                 interval=seconds(1),
                 no_traffic_interval=seconds(1),
-                timeout=seconds(0.3),
+                timeout=seconds(options.picker_timeout),  # who is too late for this is too late for requests
                 unhealthy_threshold=1,
                 healthy_threshold=1,
                 grpc_health_check=HealthCheckGrpcHealthCheck(),
@@ -177,6 +180,30 @@ def picker_cluster(options: Options) -> Cluster:
                 )
             ],
         ),
+    )
+
+
+def stand_in(name: str) -> bytes:
+    """The encoded cluster keeping one of this name in use with a SotW Envoy, whatever it is: xds/stream.py, rule 11.
+
+    Envoy goes on using the old one while this warms. It is answered no endpoints, so after STAND_IN_WAIT Envoy takes
+    those it remembers, and only then acknowledges: should the server be lost just then, requests still arrive.
+    """
+    return StringValue(value=name).SerializeToString() + _nameless()  # field 1, a string: the name
+
+
+@cache
+def _nameless() -> bytes:
+    """What all stand-ins have alike, encoded once: a client can ask for hundreds, and one takes a millisecond."""
+    source = ads()
+    source.initial_fetch_timeout = seconds(STAND_IN_WAIT)
+    return bytes(
+        Cluster(
+            type=ClusterDiscoveryType.EDS,
+            eds_cluster_config=ClusterEdsClusterConfig(eds_config=source),
+            connect_timeout=seconds(CONNECT_TIMEOUT),
+            circuit_breakers=_breakers(BREAKER),
+        )
     )
 
 

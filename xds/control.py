@@ -127,14 +127,15 @@ class Control:
             began = time.perf_counter()
             self.config = config
             admitted = self.quarantine.admit(config.http_routes)
-            topology = resolve(replace(config, http_routes=admitted), self.controller_names)
+            admissible = replace(config, http_routes=admitted)
+            topology = await asyncio.to_thread(resolve, admissible, self.controller_names)
             pools = {c.name: c for c in topology.clusters if c.strategy is not None}
             self.pools = {name: pool for name, pool in self.pools.items() if name in pools}
             self.loads = {name: load for name, load in self.loads.items() if name in pools}
             # A pod that joins begins at its ramp's weight, and is known to the picker, not only a round later.
             joined = [c for c in pools.values() if self._members(c.name) != {e.hash_key for e in c.endpoints}]
             self._weigh(joined, self.scraper.readings())
-            # In a thread: listeners, routes and clusters cost milliseconds each, and streams must not wait for that.
+            # In a thread, as above: routes and clusters cost milliseconds each, and streams must not wait for that.
             snapshot = await asyncio.to_thread(translate, topology, self.options, self._weights())
             seconds = time.perf_counter() - began
             self._count(config)

@@ -12,19 +12,22 @@ import stat
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from watchfiles import awatch
 
 from xds.index import Index, Reading
 from xds.manifest import BadDocument, Document, expand, read_json, read_yaml
-from xds.model import Config, Rejection
+from xds.model import Config, Rejection, printable
 from xds.parse import Parsed, parse
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILES = 10_000  # one for each object of a large cluster
 MAX_FILE_SIZE = 16 * 2**20  # bytes; 1,000 pods with all their fields, as `kubectl get -o yaml` has them, are 8 MiB
 MAX_TOTAL_SIZE = 64 * 2**20  # bytes of all files: some seconds of reading
+MAX_DOCUMENTS = 50_000  # of all files, items of a List and empty ones included: those sizes hold millions of tiny ones
+LIMITS = f"{MAX_FILES} files, {MAX_FILE_SIZE} bytes in one, {MAX_TOTAL_SIZE} bytes and {MAX_DOCUMENTS} documents in all"
 DEBOUNCE = 100  # ms of quiet after a change: an editor or `git checkout` writes several files
 # ms between looks without a notification: network file systems give none, nor does a directory put in another's place.
 RECHECK = 1000
@@ -41,12 +44,12 @@ def read(directory: Path) -> Reading:
     unreadable: set[str] = set()
     left = MAX_TOTAL_SIZE
     for i, (path, status) in enumerate(sorted(_scan(directory).items())):
-        name = os.fsencode(path).decode(errors="backslashreplace")
+        name = printable(os.fsencode(path).decode(errors="backslashreplace"))
         try:
             room = min(left, MAX_FILE_SIZE) if i < MAX_FILES else -1
             data = _load(directory / path, status, room)
             left -= len(data)
-            text = data.decode("utf-8-sig")
+            found = _within(read_documents(name, data.decode("utf-8-sig")), MAX_DOCUMENTS - len(documents))
         except OSError as error:
             unreadable.add(name)
             rejections.append(Rejection(None, "Unreadable", error.strerror or str(error), source=name))
@@ -55,7 +58,7 @@ def read(directory: Path) -> Reading:
             line = error.object.count(b"\n", 0, error.start) + 1
             rejections.append(Rejection(None, "InvalidYAML", f"not UTF-8: {error.reason}", source=f"{name}:{line}"))
         else:
-            documents += _parse(name, [read_json(text)] if name.endswith(".json") else read_yaml(text))
+            documents += found
     return Reading(tuple(documents), tuple(rejections), frozenset(unreadable))
 
 
@@ -118,7 +121,9 @@ class DirectorySource:
         return self.index.config()
 
 
-def _parse(name: str, documents: Iterable[Document | BadDocument]) -> Iterator[Parsed]:
+def read_documents(name: str, text: str) -> Iterator[Parsed]:
+    """What each document of the file `name` came to."""
+    documents: Iterable[Document | BadDocument] = [read_json(text)] if name.endswith(".json") else read_yaml(text)
     for document in documents:
         source = f"{name}:{document.line}"
         if isinstance(document, BadDocument):
@@ -133,9 +138,19 @@ def _load(path: Path, status: os.stat_result | OSError, room: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         raise OSError("not a regular file")
     if status.st_size > room:
-        limits = f"{MAX_FILES} files, {MAX_FILE_SIZE} bytes in one, {MAX_TOTAL_SIZE} bytes in all"
-        raise OSError(f"beyond the limits of a directory: {limits}")
-    return path.read_bytes()
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    with path.open("rb") as file:
+        data = file.read(room + 1)
+    if len(data) > room:  # it has grown, or is no real file: those of /proc have size 0
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    return data
+
+
+def _within(documents: Iterator[Parsed], room: int) -> list[Parsed]:
+    found = list(islice(documents, room + 1))
+    if len(found) > room:
+        raise OSError(f"beyond the limits of a directory: {LIMITS}")
+    return found
 
 
 def _scan(directory: Path) -> dict[str, os.stat_result | OSError]:

@@ -4,7 +4,8 @@ The page is Prometheus text (https://prometheus.io/docs/instrumenting/exposition
 of which some fifteen matter, so no line is looked at that is not one of them. Rules:
 
 - A series is `\\n<exact name>[{labels}] <value>`: comments, `_created`, `_bucket` and longer names do not match.
-- A value that is not a finite number from 0 to MAX_VALUE is as if its line were not there.
+- Of a gauge that decides (running, waiting, KV use) a value that is not a finite number from 0 to MAX_VALUE makes the
+  page unreadable: left out, it would make the pod seem idle. Of a counter it is as if its line were not there.
 - Several series of one name (engines, served model names) are added up; `kv_usage` is their mean.
 - Of the series of `lora_requests_info`, whose labels are what they say, the newest counts: its value is a unix time.
 - Two generations of vLLM: `kv_cache_usage_perc`, else `gpu_cache_usage_perc`. A page with neither tells nothing about
@@ -40,6 +41,7 @@ PREEMPTIONS = b"num_preemptions_total"
 PROMPT_TOKENS = b"prompt_tokens_total"
 GENERATION_TOKENS = b"generation_tokens_total"
 
+_GAUGES = frozenset({RUNNING, WAITING, KV_USAGE, KV_USAGE_OLD})
 _SUMMED = (
     RUNNING,
     WAITING,
@@ -74,7 +76,8 @@ class Unreadable(StrEnum):
     """Why a page gives no Load."""
 
     NOT_METRICS = "NotMetrics"  # not one `# TYPE` line: some other page
-    NO_KV_USAGE = "NoKVUsage"  # an exposition page with neither generation's KV gauge, or with no usable value in it
+    NO_KV_USAGE = "NoKVUsage"  # an exposition page with neither generation's KV gauge
+    BAD_GAUGE = "BadGauge"  # requests running or waiting, or a KV use, that no engine can have: NaN, infinite, negative
 
 
 def parse_page(page: bytes) -> Load | Unreadable:
@@ -97,6 +100,8 @@ def parse_page(page: bytes) -> Load | Unreadable:
                 counts[name] += 1
                 value = min(value, 1.0)
             sums[name] += value
+        elif name in _GAUGES:
+            return Unreadable.BAD_GAUGE
     usage = KV_USAGE if counts[KV_USAGE] else KV_USAGE_OLD
     if not counts[usage]:
         return Unreadable.NO_KV_USAGE if b"\n# TYPE " in text else Unreadable.NOT_METRICS

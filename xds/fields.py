@@ -39,7 +39,8 @@ class Text:
 
 NAME = Text("a lower-case DNS name", 253, re.compile(_SUBDOMAIN))  # metadata.name, listener and section names
 NAMESPACE = Text("a lower-case DNS label", 63, re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"))
-OBJECT_NAME = Text("an object's name", 253)
+# The CRDs allow any text where an object is referred to; no object has such a name, and messages repeat it.
+OBJECT_NAME = Text("an object's name", 253, re.compile(r"[!-~]+"))
 GROUP = Text("an API group", 253, re.compile(rf"({_SUBDOMAIN})?"), shortest=0)
 KIND = Text("a kind", 63, re.compile(r"[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?"))
 HOSTNAME = Text("a lower-case host name, possibly *.suffix", 253, re.compile(rf"(\*\.)?{_SUBDOMAIN}"))
@@ -60,7 +61,7 @@ PATH_CHARACTER = r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})"
 LABEL_VALUE = Text("a label value", 63, re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?"), shortest=0)
 # Kubernetes bounds all annotations of an object together, and a key is a name of 63 behind a prefix of 253 characters.
 ANNOTATION = Text("text", 256 * 1024, shortest=0)
-MAP_KEY = Text("a label key", 317, re.compile(r"([^/]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"))
+MAP_KEY = Text("a label key", 317, re.compile(r"([!-.0-~]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"))
 MAX_LABELS = 1000  # entries of one metadata map: far above what 256 KiB of real ones hold
 
 

@@ -19,6 +19,9 @@ from xds.wire import load_stats_pb2 as pb
 
 INTERVAL = 1.0  # seconds between two reports of an Envoy: half of a scrape's, at some 40 bytes an endpoint
 MAX_AGE = 5 * INTERVAL  # seconds
+# Of one Envoy to one endpoint: ten times its circuit breaker; the sum over all has to fit into a uint64.
+MAX_REQUESTS = 1_000_000
+MAX_ENDPOINTS = 20_000  # in one report: what more it names is left out
 ADDRESSES = 20_000  # kept decoded, some 3 MB: each Envoy names the same ones, each second
 
 Counts = Mapping[str, Mapping[str, int]]  # cluster -> `address:port` -> requests
@@ -39,13 +42,16 @@ class Reported:
 def read_report(request: pb.LoadStatsRequest, prefix: str) -> Counts:
     """The counts of one report, of clusters whose names begin with `prefix`. DecodeError: an address is none."""
     counts: dict[str, dict[str, int]] = {}
-    for cluster in request.cluster_stats:
+    left = MAX_ENDPOINTS
+    for cluster in request.cluster_stats[:MAX_ENDPOINTS]:
         if cluster.cluster_name.startswith(prefix):
             of_cluster = counts.setdefault(cluster.cluster_name, {})
             for locality in cluster.upstream_locality_stats:
-                for endpoint in locality.upstream_endpoint_stats:
+                for endpoint in locality.upstream_endpoint_stats[:left]:
                     key = _authority(endpoint.address)
-                    of_cluster[key] = of_cluster.get(key, 0) + endpoint.total_requests_in_progress
+                    requests = of_cluster.get(key, 0) + endpoint.total_requests_in_progress
+                    of_cluster[key] = min(requests, MAX_REQUESTS)
+                left -= min(left, len(locality.upstream_endpoint_stats))
     return counts
 
 

@@ -40,6 +40,9 @@ from xds.model import (
 )
 from xds.parse import Parsed
 
+MAX_REJECTIONS = 10_000  # told of one configuration: each is a log line when it is new
+TOO_MANY = Rejection(None, "TooMany", f"there are more than {MAX_REJECTIONS} rejections; the first of them are told")
+
 T = TypeVar("T")
 
 
@@ -178,8 +181,12 @@ def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
         models=of(InferenceModel),
         rewrites=of(InferenceModelRewrite),
         objectives=of(InferenceObjective),
-        rejections=tuple(sorted(rejections, key=_order)),
+        rejections=_first(sorted(rejections, key=_order)),
     )
+
+
+def _first(rejections: list[Rejection]) -> tuple[Rejection, ...]:
+    return tuple(rejections if len(rejections) <= MAX_REJECTIONS else [*rejections[:MAX_REJECTIONS], TOO_MANY])
 
 
 def _age_key(each: Object) -> tuple[bool, str, str]:

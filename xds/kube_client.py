@@ -36,6 +36,10 @@ _BAD_CONFIG = (
 )
 
 
+# What a request can end in. A UnicodeError: the library follows redirects, and the host's name of one was none.
+_FAULTS = (TimeoutError, aiohttp.ClientError, OSError, ConfigException, UnicodeError)
+
+
 class KubeError(Exception):
     """No API server can be asked: no kubeconfig, one that is broken or lacks the context. A sentence, with the path."""
 
@@ -100,7 +104,7 @@ class Client:
                     return response
                 async with response:
                     body = await _read(response, MAX_BODY)
-        except (TimeoutError, aiohttp.ClientError, OSError, ConfigException) as error:
+        except _FAULTS as error:
             return _fault(error)
         return body if isinstance(body, Failure) or text else _decode(body)
 
@@ -115,7 +119,7 @@ class Client:
         try:
             async with asyncio.timeout_at(deadline):
                 response = await self._open(path, query)
-        except (TimeoutError, aiohttp.ClientError, OSError, ConfigException) as error:
+        except _FAULTS as error:
             yield _fault(error)
             return
         if isinstance(response, Failure):

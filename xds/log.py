@@ -1,6 +1,7 @@
 """Structured logs for all commands: one line an event, `event` a noun phrase that never changes, the rest in fields.
 
-docs/logs.md lists every event. No line per request.
+docs/logs.md lists every event. No line per request. A traceback has no local variables: those are prompts and keys, and
+writing out a body of 40 MB takes seconds.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ def configure(fmt: str = "auto", level: str = "info", stream: TextIO | None = No
     out = stream if stream is not None else sys.stderr
     readable = fmt == "console" or (fmt == "auto" and out.isatty())
     renderer: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=out.isatty(), pad_event_to=26)]
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=out.isatty(),
+                pad_event_to=26,
+                exception_formatter=structlog.dev.plain_traceback,
+            )
+        ]
         if readable
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+            structlog.processors.JSONRenderer(),
+        ]
     )
     structlog.configure(
         processors=[

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 import yaml
 
@@ -49,15 +50,17 @@ class BadDocument:
 
 def read_yaml(text: str) -> Iterator[Document | BadDocument]:
     """The documents of a YAML file; one that is empty or only comments has the value None."""
-    starts = [0, *(match.start() for match in _DOCUMENT.finditer(text))]
+    marks = (match.start() for match in _DOCUMENT.finditer(text))
     line = 1
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for start, end in pairwise(chain([0], marks, [len(text)])):
         yield _read_document(_DIRECTIVE.sub("", text[start:end]), line)
         line += text.count("\n", start, end)
 
 
 def read_json(text: str) -> Document | BadDocument:
     """The one document of a JSON file."""
+    if sum(map(text.count, ",[{")) > MAX_NODES:  # at least as many as there are values, before any is made
+        return BadDocument(1, f"more than {MAX_NODES} values")
     try:
         return Document(json.loads(text, object_pairs_hook=_unique), 1)
     except json.JSONDecodeError as error:
@@ -76,6 +79,7 @@ def expand(value: object) -> Iterator[object]:
 
 
 def _read_document(text: str, line: int) -> Document | BadDocument:
+    """`line` is its first one. Lines end with a newline, as in editors; in YAML some other characters do too."""
     builder = _Builder()
     try:
         for event in yaml.parse(text, Loader=yaml.CSafeLoader):
@@ -83,10 +87,10 @@ def _read_document(text: str, line: int) -> Document | BadDocument:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         message = ": ".join(filter(None, (error.context, error.problem)))
-        return BadDocument(line + (mark.line if mark else 0), message)
+        return BadDocument(line + text.count("\n", 0, mark.index if mark else 0), message)
     except yaml.YAMLError as error:
         return BadDocument(line, str(error).splitlines()[0])
-    return Document(builder.value, line + builder.line)
+    return Document(builder.value, line + text.count("\n", 0, builder.start))
 
 
 @dataclass(slots=True)
@@ -105,7 +109,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.value: object = None
-        self.line = 0
+        self.start = 0  # index of the first character of its list or mapping
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[object, int]] = {}
 
@@ -124,7 +128,7 @@ class _Builder:
                 if len(self._open) == MAX_DEPTH:
                     raise _error(f"nested deeper than {MAX_DEPTH} levels", event)
                 if not self._open and event.start_mark:
-                    self.line = event.start_mark.line
+                    self.start = event.start_mark.index
                 self._open.append(_Open([] if isinstance(event, yaml.SequenceStartEvent) else {}, event.anchor))
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
                 done = self._open.pop()

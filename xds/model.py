@@ -477,6 +477,11 @@ class Config:
         )
 
 
+def printable(text: str) -> str:
+    """The text on one line and without what a terminal would obey, as a message may show it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def authority(address: str, port: int) -> str:
     """`address:port` as a URL has it: IPv6 in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

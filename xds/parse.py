@@ -33,6 +33,7 @@ from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_g
 from xds.parse_inference import read_model, read_objective, read_pool, read_pool_x, read_rewrite
 from xds.parse_route import read_http_route
 
+MAX_NOTES = 32  # rejections of one object: a route can have thousands of filters that are none of ours
 MAX_UNKNOWN = 16  # unknown fields named of one object: a person mends a few, a file of another kind has thousands
 # The annotations that are read. Of ten thousand pods all others would be kept for nothing: last-applied-configuration
 # alone is as large as its object.
@@ -105,7 +106,8 @@ def parse(document: object, source: str = "", default_namespace: str = "default"
             parsed = _read(reader, kind, ref, source)
     except FieldError as error:
         notes.append(error.rejection)
-    rejections = tuple(replace(note, ref=ref, source=source) for note in notes)
+    told = notes if len(notes) <= MAX_NOTES else [*notes[: MAX_NOTES - 1], notes[-1]]  # the last may say why it is none
+    rejections = tuple(replace(note, ref=ref, source=source) for note in told)
     return Parsed(source, ref if kind else None, parsed, rejections)
 
 

@@ -41,6 +41,7 @@ from xds.model import (
     RouteMatch,
     RouteRule,
     ValueMatch,
+    printable,
 )
 from xds.parse_filters import BACKEND_FILTERS, RULE_FILTERS, read_filters
 
@@ -172,7 +173,7 @@ def _read_value(reader: Reader, name: Text, exact: Text, expression: Text) -> Va
 def _read_regex(reader: Reader, rule: Text) -> str:
     value = reader.text("value", rule)
     if problem := regex.problem(value):
-        raise reader.error("value", f"expected a regular expression of RE2: {problem}")
+        raise reader.error("value", f"expected a regular expression of RE2: {printable(problem)}")
     return value
 
 

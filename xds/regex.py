@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 
+MAX_NESTED = 100  # groups in one another: Python's parser recurses, and has less of its stack left under a deep caller
 MAX_REPEAT = 1000  # RE2's limit, for one repetition and for the product of nested ones
 # RE2's instructions at most, with every repetition written out. Its 8 MiB hold 350,000 of them, which take Envoy's main
 # thread a third of a second to compile.
@@ -57,6 +58,8 @@ def problem(pattern: str) -> str:
                 return f"RE2 repeats at most {MAX_REPEAT} times, {token[0]} makes it {nested}"
         elif token["open"]:
             groups.append((2, 1))
+            if len(groups) > MAX_NESTED + 1:
+                return f"groups are nested deeper than {MAX_NESTED}"
             size, nested, extra = 0, 1, 0
         elif token["close"] and len(groups) > 1:
             size, nested = groups.pop()

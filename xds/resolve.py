@@ -13,10 +13,12 @@ backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#ht
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from xds.backends import Backends, granted, is_granted
+from xds.hostnames import ANY_HOST, Attached, Port, Room, covers, specificity
+from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
     CORE,
     GATEWAY,
@@ -30,6 +32,7 @@ from xds.model import (
     Level,
     Listener,
     MatchType,
+    Namespace,
     ObjectRef,
     ParentRef,
     PortListener,
@@ -38,7 +41,6 @@ from xds.model import (
     Respond,
     Route,
     RouteMatch,
-    RouteRule,
     Secret,
     Strategy,
     TlsChain,
@@ -50,48 +52,58 @@ from xds.models import pool_models
 # Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
 CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
 
-ANY_HOST = "*"
 MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
+# Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once
+# for each match, listener and hostname, and again in each virtual host its hostname covers: few objects make millions.
+MAX_ROUTES = 50_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Attached:
-    """One rule of one route on one listener, under one hostname."""
+class _Rejections:
+    """Each once, in the order they were found, up to a bound (mutable)."""
 
-    hostname: str
-    listener: Listener
-    gateway: Gateway
-    route: HTTPRoute
-    rule: RouteRule
-    index: int
+    def __init__(self, rejections: Iterable[Rejection]) -> None:
+        self._found: dict[Rejection, None] = {}
+        for rejection in rejections:
+            self.append(rejection)
+
+    def append(self, rejection: Rejection) -> None:
+        if len(self._found) < MAX_REJECTIONS:
+            self._found[rejection] = None
+        elif rejection not in self._found:
+            self._found[TOO_MANY] = None
+
+    def all(self) -> tuple[Rejection, ...]:
+        return tuple(self._found)
 
 
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
     """What Envoy shall do for this Config, with every reason why a part of it is not done."""
     models, conflicts = pool_models(config)
-    rejections = list(conflicts)
+    rejections = _Rejections(conflicts)
     gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
     groups = _groups(gateways, rejections)
     backends = Backends(config, models)
     actions = _Actions(config, backends, rejections)
     certificates = _Certificates(config, rejections)
+    room = Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
-        listeners += _ports(group, members, config, actions, certificates, rejections)
+        listeners += _ports(group, members, config, actions, certificates, rejections, room)
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(tuple(listeners), clusters, tuple(dict.fromkeys(rejections)), groups, certificates.used())
+    return Topology(tuple(listeners), clusters, rejections.all(), groups, certificates.used())
 
 
 # --- gateways and listeners -------------------------------------------------------------------------------------------
 
 
-def _groups(gateways: list[Gateway], rejections: list[Rejection]) -> tuple[str, ...]:
+def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]:
     """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
     names = sorted({name for gateway in gateways for name in gateway.groups})
+    beyond = set(names[MAX_GROUPS:])
     for gateway in gateways:
         for name in gateway.groups:
-            if name in names[MAX_GROUPS:]:
+            if name in beyond:
                 message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
                 rejections.append(_about(gateway, "TooManyGroups", message, "metadata.annotations"))
     return tuple(names[:MAX_GROUPS])
@@ -103,34 +115,59 @@ def _ports(
     config: Config,
     actions: _Actions,
     certificates: _Certificates,
-    rejections: list[Rejection],
+    rejections: _Rejections,
+    room: Room,
 ) -> Iterator[PortListener]:
     """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
-    distinct = _distinct_listeners(gateways, rejections)
-    listeners = [pair for pair in distinct if pair[1].protocol == "HTTP" or certificates.of(*pair)]
-    ports: dict[int, list[Listener]] = {}
-    for _, listener in listeners:
-        ports.setdefault(listener.port, []).append(listener)
-    attached: dict[int, list[_Attached]] = {port: [] for port in ports}
-    for route in config.http_routes:
-        for each in _attach(route, listeners, ports, config, rejections):
-            attached[each.listener.port].append(each)
-    for port in sorted(ports):
-        owners = tuple({gateway.meta.ref: None for gateway, listener in listeners if listener.port == port})
-        if ports[port][0].protocol == "HTTP":
-            hosts = _virtual_hosts(ports[port], attached[port], actions)
-            yield PortListener(port, tuple(hosts), group, owners)
+    by_gateway: defaultdict[ObjectRef, list[tuple[Gateway, Listener]]] = defaultdict(list)
+    by_port: defaultdict[int, list[tuple[Gateway, Listener]]] = defaultdict(list)
+    for gateway, listener in _distinct_listeners(gateways, rejections):
+        here = by_port[listener.port]
+        if listener.protocol == "HTTP" or (
+            certificates.of(gateway, listener) and _has_room(gateway, listener, here, rejections, room)
+        ):
+            by_gateway[gateway.meta.ref].append((gateway, listener))
+            here.append((gateway, listener))
+    ports = {number: Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
+    known = {gateway.meta.ref for gateway in config.gateways}
+    namespaces = {namespace.meta.ref.name: namespace for namespace in config.namespaces}
+    for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
+        for each in _attach(route, by_gateway, ports, known, namespaces, rejections):
+            if not ports[each.listener.port].add(each, room):
+                message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
+                rejections.append(_about(each.route, "TooManyRoutes", message, f"spec.rules[{each.index}]"))
+    for number, port in ports.items():
+        owners = tuple({gateway.meta.ref: None for gateway, _ in by_port[number]})
+        hosts = {host.hostname: host for host in _virtual_hosts(port, actions)}
+        if by_port[number][0][1].protocol == "HTTP":
+            yield PortListener(number, tuple(hosts.values()), group, owners)
         else:
-            here = [pair for pair in listeners if pair[1].port == port]
-            chains = [_chain(pair, here, attached[port], actions, certificates) for pair in here]
-            yield PortListener(port, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
+            chains = [_chain(pair, by_port[number], port, hosts, certificates) for pair in by_port[number]]
+            yield PortListener(number, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
+
+
+def _has_room(
+    gateway: Gateway,
+    listener: Listener,
+    of_port: list[tuple[Gateway, Listener]],
+    rejections: _Rejections,
+    room: Room,
+) -> bool:
+    """Whether there is room for what an HTTPS listener and the port's other ones answer to each other's hostnames."""
+    answers = 2 * len(of_port)
+    if answers > room.routes:
+        message = f"there are more than {MAX_ROUTES} routes with those of its port: {listener.name} is not served"
+        rejections.append(_about(gateway, "TooManyRoutes", message, "spec.listeners"))
+        return False
+    room.routes -= answers
+    return True
 
 
 def _chain(
     pair: tuple[Gateway, Listener],
     of_port: list[tuple[Gateway, Listener]],
-    attached: list[_Attached],
-    actions: _Actions,
+    port: Port,
+    of_all: Mapping[str, VirtualHost],
     certificates: _Certificates,
 ) -> TlsChain:
     """What an HTTPS listener serves to those who ask for its name by SNI: its own hosts.
@@ -139,17 +176,16 @@ def _chain(
     (RFC 9110, section 15.5.20).
     """
     listener = pair[1]
-    own = [each for each in attached if each.listener is listener]
-    hosts = {host.hostname: host for host in _virtual_hosts([listener], own, actions)}
+    hosts = {hostname: of_all[hostname] for hostname in port.hostnames_of(listener)}
     for _, other in of_port:
         hostname = other.hostname or ANY_HOST
-        if other is not listener and hostname not in hosts and not _covers(hostname, listener.hostname or ANY_HOST):
+        if other is not listener and hostname not in hosts and not covers(hostname, listener.hostname or ANY_HOST):
             hosts[hostname] = VirtualHost(hostname, (Route("misdirected", RouteMatch(), Respond(421)),))
     ordered = tuple(hosts[hostname] for hostname in sorted(hosts))
     return TlsChain(listener.hostname or ANY_HOST, certificates.of(*pair), ordered)
 
 
-def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[Rejection]) -> Iterator[Gateway]:
+def _our_gateways(config: Config, controllers: frozenset[str], rejections: _Rejections) -> Iterator[Gateway]:
     classes = {c.meta.ref.name: c.controller_name for c in config.gateway_classes}
     for gateway in config.gateways:
         controller = classes.get(gateway.class_name)
@@ -163,7 +199,7 @@ def _our_gateways(config: Config, controllers: frozenset[str], rejections: list[
             rejections.append(_about(gateway, "OtherController", message, "spec.gatewayClassName", Level.WARNING))
 
 
-def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) -> Iterator[tuple[Gateway, Listener]]:
+def _distinct_listeners(gateways: list[Gateway], rejections: _Rejections) -> Iterator[tuple[Gateway, Listener]]:
     """Listeners in order of age; one that repeats an older one's port and hostname (HostnameConflict), or asks for
     another protocol there (ProtocolConflict), is left out."""
     taken: dict[tuple[int, str], str] = {}
@@ -188,7 +224,7 @@ def _distinct_listeners(gateways: list[Gateway], rejections: list[Rejection]) ->
 class _Certificates:
     """The Secrets of HTTPS listeners; each listener's are looked for once."""
 
-    def __init__(self, config: Config, rejections: list[Rejection]) -> None:
+    def __init__(self, config: Config, rejections: _Rejections) -> None:
         self._secrets = {secret.meta.ref: secret for secret in config.secrets}
         self._grants = granted(config)
         self._rejections = rejections
@@ -228,23 +264,23 @@ class _Certificates:
 
 def _attach(
     route: HTTPRoute,
-    listeners: list[tuple[Gateway, Listener]],
-    ports: Mapping[int, list[Listener]],
-    config: Config,
-    rejections: list[Rejection],
-) -> Iterator[_Attached]:
-    known = {g.meta.ref for g in config.gateways}
-    ours = {g.meta.ref for g, _ in listeners}
+    listeners: Mapping[ObjectRef, list[tuple[Gateway, Listener]]],
+    ports: Mapping[int, Port],
+    known: set[ObjectRef],
+    namespaces: Mapping[str, Namespace],
+    rejections: _Rejections,
+) -> Iterator[Attached]:
+    """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too; `namespaces` by name."""
     for i, parent in enumerate(route.parents):
         where = f"spec.parentRefs[{i}]"
         is_gateway = (parent.ref.group, parent.ref.kind) == (GATEWAY, "Gateway")
-        if not is_gateway or (parent.ref in known and parent.ref not in ours):
+        if not is_gateway or (parent.ref in known and parent.ref not in listeners):
             continue  # another controller's, or rejected as a Gateway already
         if parent.ref not in known:
             rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
             continue
-        named = [pair for pair in listeners if pair[0].meta.ref == parent.ref and _named(parent, pair[1])]
-        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, config)]
+        named = [pair for pair in listeners[parent.ref] if _named(parent, pair[1])]
+        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, namespaces)]
         reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
         if not named:
             section = f" listener {parent.section}" if parent.section else ""
@@ -258,16 +294,16 @@ def _attach(
             rejections.append(_about(route, "NoMatchingListenerHostname", message, "spec.hostnames"))
         for (gateway, listener), host in reached:
             # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
-            if _most_specific(ports[listener.port], host) is listener:
+            if ports[listener.port].owner(host) is listener:
                 for index, rule in enumerate(route.rules):
-                    yield _Attached(host, listener, gateway, route, rule, index)
+                    yield Attached(host, listener, gateway, route, rule, index)
 
 
 def _named(parent: ParentRef, listener: Listener) -> bool:
     return parent.section in ("", listener.name) and parent.port in (0, listener.port)
 
 
-def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, config: Config) -> bool:
+def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, namespaces: Mapping[str, Namespace]) -> bool:
     allowed = listener.allowed
     kind = (route.meta.ref.group, route.meta.ref.kind)
     if allowed.kinds and kind not in allowed.kinds:
@@ -279,7 +315,7 @@ def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, config: Conf
         case "Same":
             return namespace == gateway.meta.ref.namespace
         case "Selector":
-            labels = next((each.meta.labels for each in config.namespaces if each.meta.ref.name == namespace), {})
+            labels = namespaces[namespace].meta.labels if namespace in namespaces else {}
             name = {"kubernetes.io/metadata.name": namespace}  # a label that every namespace has, told or not
             return bool(allowed.selector) and allowed.selector.items() <= {**labels, **name}.items()
         case _:
@@ -291,45 +327,26 @@ def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
     if not route.hostnames:
         yield listener.hostname or ANY_HOST
     for hostname in route.hostnames:
-        if not listener.hostname or _covers(listener.hostname, hostname):
+        if not listener.hostname or covers(listener.hostname, hostname):
             yield hostname
-        elif _covers(hostname, listener.hostname):
+        elif covers(hostname, listener.hostname):
             yield listener.hostname
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    """Whether every name `narrow` stands for is one of `wide`'s: equal, or under `*.suffix`, or `*`."""
-    return wide in (narrow, ANY_HOST) or (wide.startswith("*.") and narrow.removeprefix("*").endswith(wide[1:]))
-
-
-def _specificity(hostname: str) -> tuple[bool, int]:
-    """Exact before wildcard, then the longer."""
-    return (not hostname.startswith("*"), len(hostname))
-
-
-def _most_specific(listeners: Iterable[Listener], hostname: str) -> Listener:
-    """Of the listeners of one port, the one that takes the requests for `hostname`; one of them has to cover it."""
-    covering = [listener for listener in listeners if _covers(listener.hostname or ANY_HOST, hostname)]
-    return max(covering, key=lambda listener: _specificity(listener.hostname or ANY_HOST))
 
 
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
 
 
-def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions: _Actions) -> Iterator[VirtualHost]:
+def _virtual_hosts(port: Port, actions: _Actions) -> Iterator[VirtualHost]:
     """One for each hostname of a port; it also holds the rules of every wider hostname of its listener, after its own.
 
     Envoy looks into one virtual host only, where Gateway API lets a request that no rule of the more specific route
     matches go on to the less specific one, but never to another listener: a listener's own hostname has a virtual host
     even where no route has it, which answers 404 instead of a wider listener.
     """
-    hostnames = {a.hostname for a in attached} | {listener.hostname for listener in listeners if listener.hostname}
-    for hostname in sorted(hostnames):
-        owner = _most_specific(listeners, hostname)
+    for hostname in sorted(port.hostnames):
         candidates = [
-            (_specificity(a.hostname), a, match, j)
-            for a in attached
-            if a.listener is owner and _covers(a.hostname, hostname)
+            (specificity(a.hostname), a, match, j)
+            for a in port.rules(hostname)
             for j, match in enumerate(a.rule.matches)
         ]
         candidates.sort(key=lambda c: _precedence(*c))
@@ -345,7 +362,7 @@ def _virtual_hosts(listeners: list[Listener], attached: list[_Attached], actions
         yield VirtualHost(hostname, tuple(dict.fromkeys(routes)))
 
 
-def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
+def _precedence(host: tuple[bool, int], attached: Attached, match: RouteMatch, index: int) -> tuple[object, ...]:
     """Gateway API's order (HTTPRouteRule.matches): hostname, then exact path, longer prefix, method, headers, query.
 
     A regular expression, whose place the API leaves open, comes between exact and prefix. Ties: the older route,
@@ -371,7 +388,7 @@ def _precedence(host: tuple[bool, int], attached: _Attached, match: RouteMatch, 
 class _Actions:
     """What a rule does with a request; each rule is decided once for each listener it is attached to."""
 
-    def __init__(self, config: Config, backends: Backends, rejections: list[Rejection]) -> None:
+    def __init__(self, config: Config, backends: Backends, rejections: _Rejections) -> None:
         self._backends = backends
         self._rejections = rejections
         self._policies: dict[tuple[ObjectRef, str], BackendTrafficPolicy] = {}
@@ -380,13 +397,13 @@ class _Actions:
                 self._policies.setdefault(target, policy)
         self._decided: dict[tuple[ObjectRef, int, ObjectRef, str], Forward | RequestRedirect | Respond] = {}
 
-    def of(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def of(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         key = (attached.route.meta.ref, attached.index, attached.gateway.meta.ref, attached.listener.name)
         if key not in self._decided:
             self._decided[key] = self._decide(attached)
         return self._decided[key]
 
-    def _decide(self, attached: _Attached) -> Forward | RequestRedirect | Respond:
+    def _decide(self, attached: Attached) -> Forward | RequestRedirect | Respond:
         rule = attached.rule
         if rule.filters.redirect is not None:
             return rule.filters.redirect
@@ -416,7 +433,7 @@ class _Actions:
             idle_timeout=_first(policy.stream_idle_timeout for policy in policies),
         )
 
-    def _shares(self, attached: _Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
+    def _shares(self, attached: Attached, policies: list[BackendTrafficPolicy]) -> Iterator[tuple[str, int, Filters]]:
         """(cluster name or "" for an invalid reference, weight above 0, filters) of each backendRef."""
         connect = _first(policy.connect_timeout for policy in policies)
         idle = _first(policy.connection_idle_timeout for policy in policies)

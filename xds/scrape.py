@@ -31,6 +31,7 @@ SPREAD = 0.002  # seconds between the first scrapes of new targets: one begins a
 EXPLAINED = {
     Unreadable.NOT_METRICS: "the answer is not a Prometheus page",
     Unreadable.NO_KV_USAGE: "neither vllm:kv_cache_usage_perc nor vllm:gpu_cache_usage_perc",
+    Unreadable.BAD_GAUGE: "requests running or waiting, or a KV use, that are not a finite number of 0 or more",
 }
 
 log = structlog.get_logger()

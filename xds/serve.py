@@ -171,6 +171,8 @@ def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
     for address in chosen.pickers:
         if args.picker_tls_sds and address.startswith("unix:/"):
             raise ValueError(f"--picker-tls-sds is for pickers at HOST:PORT, not {address}")
+    for text in (*chosen.pickers, args.picker_tls_sds or ""):
+        text.encode()  # what is no UTF-8 can not be sent to an Envoy: UnicodeEncodeError is a ValueError
     return chosen, tls.chosen(args, args.listen)
 
 

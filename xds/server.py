@@ -21,9 +21,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from xds.clusters import stand_in
 from xds.metrics import Metrics
 from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, POOL_LOAD, ROUTE, SECRET, Snapshot, group_of, label
-from xds.stream import DeltaStream, Kind, Received, Response, SotwStream, Stream
+from xds.stream import LINGER, DeltaStream, Kind, Received, Response, SotwStream, Stream
 from xds.tls import TlsFiles, server_credentials
 from xds.wire import discovery_pb2 as wire
 
@@ -39,7 +40,7 @@ SERVICES = {  # service -> its two methods, and the one type it is for ("": all 
 HEALTH = "grpc.health.v1.Health"
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # encoded grpc.health.v1.HealthCheckResponse
 
-MAX_LOGGED_NAMES = 5  # resources named in a refusal's log line; the one that is bad ends up alone in a later one
+MAX_LOGGED_NAMES = 5  # resources named in a log line; of a refusal the one that is bad ends up alone in a later one
 MAX_TEXT = 256  # characters of a client's node id or cluster in logs and views: anyone who can connect chooses them
 
 FIRST_REQUEST = 30.0  # seconds a stream may be open without one: Envoy sends it together with the stream's headers
@@ -140,7 +141,10 @@ class _Client:
 
 
 class ManagementServer:
-    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`."""
+    """Serves the newest snapshot to every client. Use from one event loop: `start`, any number of `publish`, `stop`.
+
+    `linger` in seconds: how long clients keep what is gone (xds/stream.py, rule 9).
+    """
 
     def __init__(
         self,
@@ -148,11 +152,13 @@ class ManagementServer:
         identifier: str = "vllm-xds",
         clock: Callable[[], float] = time.monotonic,
         first_request: float = FIRST_REQUEST,
+        linger: float = LINGER,
     ) -> None:
         self._metrics = metrics
         self._identifier = identifier
         self._clock = clock
         self._first_request = first_request
+        self._linger = linger
         self._snapshot: Snapshot | None = None
         self._views: dict[str, Snapshot] = {}  # what each group of clients is served of it
         self._clients: set[_Client] = set()
@@ -252,11 +258,11 @@ class ManagementServer:
         return NOT_SERVING if self._snapshot is None or self._stopping else SERVING
 
     async def _sotw(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = SotwStream(self._identifier, only)
+        stream = SotwStream(stand_in, self._identifier, only, self._linger)
         await self._serve(_Client("sotw", stream, wire.DiscoveryRequest, context.peer()), requests, context)
 
     async def _delta(self, only: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        stream = DeltaStream(self._identifier, only)
+        stream = DeltaStream(self._identifier, only, self._linger)
         await self._serve(_Client("delta", stream, wire.DeltaDiscoveryRequest, context.peer()), requests, context)
 
     async def _serve(self, client: _Client, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
@@ -313,7 +319,7 @@ class ManagementServer:
 
     async def _send(self, client: _Client, context: grpc.aio.ServicerContext, now: float) -> None:
         """Write what the stream says, in order. While the client does not read, it is all that waits for it here."""
-        served = self._served(client)
+        served, stand_ins = self._served(client), client.stream.stand_ins
         for response in client.stream.advance(served, now):
             await context.write(response.encode())
             self._count(client, response)
@@ -321,6 +327,9 @@ class ManagementServer:
                 client.log.warning(
                     "client without gateway", cluster=client.node_cluster, groups=sorted(self._views.keys() - {""})
                 )
+        if client.stream.stand_ins != stand_ins:
+            names = client.stream.stand_ins
+            client.log.info("stand-ins sent", clusters=len(names), names=names[:MAX_LOGGED_NAMES])
 
     # --- what operators see ---
 

@@ -29,7 +29,13 @@ MAX_PAGE = 64 << 20  # bytes: 10,000 endpoints are 2 MB
 LOOKS, PAUSE = 3, 0.5  # times, seconds: a client that is only just being told of a change is not behind
 MAX_TEXT = 200  # characters of one cell: Envoy quotes the whole resource in a refusal
 
-UNEXPECTED = (LookupError, TypeError, ValueError, AttributeError)  # what reading JSON of another shape ends in
+UNEXPECTED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+)  # what reading JSON of another shape ends in
 
 NUMBERS = frozenset(
     {"weight", "in flight", "running", "waiting", "kv usage", "age"}
@@ -66,7 +72,7 @@ async def show(address: str, out: TextIO, *, as_json: bool = False) -> int:
     document = await _ask(address)
     try:
         healthy = document["ready"] and all(_state(client) == "in sync" for client in document["clients"])
-        lines, tables = _summary(address, document), list(_tables(document))
+        lines, tables = list(map(_visible, _summary(address, document))), list(_tables(document))
     except UNEXPECTED:
         raise StatusError(f"{address} answers, but not as a management server of this version") from None
     if as_json:
@@ -214,9 +220,14 @@ def _cells(*values: object) -> tuple[str, ...]:
 
 
 def _clean(text: str) -> str:
-    """One line without what a terminal would obey: anyone who can connect chooses a node's id and its messages."""
-    line = "".join(c if c.isprintable() else " " for c in text)
+    """A cell: visible, and not longer than MAX_TEXT."""
+    line = _visible(text)
     return line if len(line) <= MAX_TEXT else f"{line[:MAX_TEXT]}..."
+
+
+def _visible(text: str) -> str:
+    """One line without what a terminal would obey: anyone who can connect chooses a node's id and its messages."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _print_plain(lines: list[str], tables: list[_Table], out: TextIO) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
@@ -16,6 +18,8 @@ from xds.model import authority
 DEFAULT_ADDRESS = "127.0.0.1:19001"  # of the management server: whoever may ask is told every pod's address
 
 SHUTDOWN = 1.0  # seconds for pages that are being read when the process ends
+
+KEEP_ALIVE = 75.0  # seconds a connection may be idle; aiohttp's own is an hour
 
 Page = Callable[[Mapping[str, str]], Awaitable[object]]  # the query -> a JSON value, or None: there is no such thing
 
@@ -42,7 +46,7 @@ async def serve_status(
     app.router.add_get("/readyz", readyz)
     for path, page in (pages or {}).items():
         app.router.add_get(path, _json_handler(page))
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN)
+    runner = web.AppRunner(app, access_log=None, logger=_log(), shutdown_timeout=SHUTDOWN, keepalive_timeout=KEEP_ALIVE)
     await runner.setup()
     try:
         try:
@@ -53,6 +57,14 @@ async def serve_status(
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
+
+
+def _log() -> logging.Logger:
+    """Where aiohttp writes of failed requests: our own faults alone, or anyone could have a traceback logged."""
+    log = logging.Logger("aiohttp.server")  # noqa: LOG001 - not the process's: another application may use aiohttp too
+    log.parent = logging.getLogger()
+    log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+    return log
 
 
 def _json_handler(page: Page) -> Handler:

@@ -18,11 +18,16 @@ Make before break, for each client (https://www.envoyproxy.io/docs/envoy/latest/
    Envoy withholds it until the clusters have warmed, and they warm by their endpoints. For that reason the endpoints of
    every cluster just sent are sent too, changed or not: for a changed cluster a delta Envoy does not ask again.
 8. Listeners and routes wait while the client has yet to accept a new cluster: until it answers, or for HOLD.
-9. What clusters, endpoints, secrets and routes are gone is told last: when the listeners and routes that used them
-   have been accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old one,
-   so nothing is taken away. Until then SotW sends the union of old and new clusters; not on a new stream, where only
-   delta can say what the client holds (so a SotW client may lose a cluster a moment early when it comes back after a
-   change).
+9. What clusters, endpoints, secrets and routes are gone is told last: LINGER after the listeners and routes that used
+   them have been accepted, or for HOLD unanswered. While the client refuses a listener or a route it still uses the old
+   one, so nothing is taken away. Until then SotW sends the union of old and new clusters. On a new stream LINGER begins
+   anew.
+10. Who comes back may still be warming clusters of the stream before: Envoy then asks for endpoints, and for clusters
+   only when all are warm. Listeners and routes wait for that request, or for HOLD.
+11. A SotW client that comes back may hold clusters which this server, restarted after a change, has never known, and
+   loses those a world of clusters does not name. But it asks for their endpoints: each such name that is not served
+   gets a stand-in in the first world, and goes as in rule 9. A cluster that is replaced stays in use until the new one
+   is warm, which the stand-in is without an answer: xds/clusters.py.
 
 A change of weights is a change of endpoints alone, so it is sent at once. PoolConfig and PoolLoad take no part in the
 order.
@@ -33,14 +38,15 @@ not name. Rules 7 to 9 order what is on one stream, so between such streams noth
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, version_of
+from xds.snapshot import CLUSTER, ENDPOINT, LISTENER, ROUTE, SECRET, TYPES, Snapshot, make_resource, version_of
 from xds.subscription import Change, Flight, Subscription
 from xds.wire import discovery_pb2 as wire
 
@@ -52,8 +58,17 @@ USED_BY_ROUTES = frozenset({CLUSTER, ENDPOINT, ROUTE, SECRET})  # what a listene
 # its initial_fetch_timeout (15 s) even if a cluster never warms; a client that is silent for longer is stuck.
 HOLD = 20.0
 
-# Names one subscription may hold. A request of 4 MiB (the server's limit) can name about as many; without a bound a
-# client could add as many with each request.
+# Seconds that a client keeps what is gone when no route needs it any more. A request keeps the route it came by while
+# its body arrives and the picker is asked, and fails if that cluster is gone by then. The largest body, 32 MiB, takes
+# as long at 9 Mbit/s.
+LINGER = 30.0
+
+# Seconds a SotW client that comes back has for naming the endpoints it uses: Envoy sends all its requests at once.
+GATHER = 1.0
+MAX_STAND_INS = 1_000  # clusters that were removed while a client was away: a client can name any number of them
+
+# Names one subscription may hold, and a client may say it holds: 30 MB. A request of 4 MiB (the server's limit) names
+# about as many; without a bound a client could add as many with each request.
 MAX_NAMES = 100_000
 MAX_NAME = 512  # characters of a name: the longest of ours, of a pool with the longest names, has 330
 
@@ -164,11 +179,16 @@ RequestT = TypeVar("RequestT")
 class Stream(ABC, Generic[RequestT]):
     """What both variants share: the order of sending, and what an answer means. Mutable, one for each gRPC stream."""
 
-    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str = "", only: str = "") -> None:
+    def __init__(self, subscriptions: Mapping[str, Subscription], identifier: str, only: str, linger: float) -> None:
         self.subscriptions = subscriptions
         self._only = only
+        self._linger = linger
         self._control_plane = wire.ControlPlane(identifier=identifier)
         self._nonces = 0
+        self.stand_ins: tuple[str, ...] = ()  # clusters that rule 11 was applied to
+        self._began = math.inf  # when there was something to answer for the first time
+        # What is gone, by type and name: since when no route of the client needs it; inf: one may.
+        self._gone: dict[str, dict[str, float]] = {type_url: {} for type_url in USED_BY_ROUTES}
 
     def _asked(self, type_url: str) -> tuple[str, Subscription | None]:
         """The type a request is for, and its subscription; None for a type that is not served here.
@@ -193,21 +213,25 @@ class Stream(ABC, Generic[RequestT]):
         """
         if snapshot is None:
             return []
-        routes_pending = self._routes_pending(snapshot, now)
+        self._began = min(self._began, now)
+        self._note_gone(snapshot, math.inf if self._routes_pending(snapshot, now) else now)
         responses = []
         for type_url in TYPES:
             if type_url in (LISTENER, ROUTE) and self._clusters_pending(snapshot, now):
                 continue
-            response = self._push(type_url, snapshot, now, routes_pending)
+            response = self._push(type_url, snapshot, now)
             if response is not None:
                 responses.append(response)
         return responses
 
-    def _push(self, type_url: str, snapshot: Snapshot, now: float, routes_pending: bool) -> Response | None:
+    def _push(self, type_url: str, snapshot: Snapshot, now: float) -> Response | None:
         sub = self.subscriptions[type_url]
-        # A first answer takes nothing away: the requests for the other types may still be on their way.
-        keep_removed = type_url in USED_BY_ROUTES and (routes_pending or sub.unanswered)
-        change = sub.plan(snapshot.resources[type_url], snapshot.steps.get(type_url), keep_removed=keep_removed)
+        kept: Container[str] = {
+            name for name, since in self._gone.get(type_url, {}).items() if now < since + self._linger
+        }
+        if type_url in USED_BY_ROUTES and sub.unanswered:
+            kept = sub.held  # a first answer takes nothing away: requests for other types may still be on their way
+        change = sub.plan(snapshot.resources[type_url], snapshot.steps.get(type_url), kept)
         if change is None:
             return None
         self._nonces += 1
@@ -219,12 +243,29 @@ class Stream(ABC, Generic[RequestT]):
             self.subscriptions[ENDPOINT].owe(name for ref_type, name in refs if ref_type == ENDPOINT)
         return response
 
+    def _note_gone(self, snapshot: Snapshot, now: float) -> None:
+        """Rule 9: note what the client holds and the snapshot has no more. `now` is inf while a route may need it."""
+        for type_url, before in self._gone.items():
+            sub = self.subscriptions[type_url]
+            gone = sub.changes(snapshot.resources[type_url], snapshot.steps.get(type_url)).remove if sub.opened else ()
+            self._gone[type_url] = {
+                name: min(before.get(name, now), now) for name in gone if sub.held.get(name) is not None
+            }
+
     def _clusters_pending(self, snapshot: Snapshot, now: float) -> bool:
-        """Rule 8: a cluster that the client does not have is on its way."""
+        """Rules 8 and 10: a cluster that the client does not have is on its way, or one that it has is not warm."""
         clusters = self.subscriptions[CLUSTER]
+        if self._warming():
+            return now < self._began + HOLD
         if clusters.flight is None or now >= clusters.flight.sent + HOLD:
             return False
         return any(clusters.held.get(name) is None for name in clusters.changes(snapshot.resources[CLUSTER]).update)
+
+    def _warming(self) -> bool:
+        """Rule 10: it has come back, and asks for endpoints, listeners and routes but not for clusters."""
+        subs = self.subscriptions
+        resumed = subs[LISTENER].resumed or subs[ROUTE].resumed
+        return resumed and subs[ENDPOINT].opened and not subs[CLUSTER].opened
 
     def _routes_pending(self, snapshot: Snapshot, now: float) -> bool:
         """Rule 9: a listener or route that may still use what is gone is not replaced yet."""
@@ -254,15 +295,24 @@ class Stream(ABC, Generic[RequestT]):
     def deadline(self, now: float) -> float | None:
         """Return when `advance` has to be called even if nothing happens; None = no need."""
         flights = (self.subscriptions[type_url].flight for type_url in (CLUSTER, LISTENER, ROUTE))
-        return min((f.sent + HOLD for f in flights if f is not None and f.sent + HOLD > now), default=None)
+        held = [flight.sent + HOLD for flight in flights if flight is not None]
+        held += [since + self._linger for gone in self._gone.values() for since in gone.values()]
+        if self._warming():
+            held.append(self._began + HOLD)
+        return min((until for until in held if now < until < math.inf), default=None)
 
     def settled(self, snapshot: Snapshot) -> bool:
-        """Whether the client has accepted all of this snapshot that it subscribes to and does not refuse."""
-        return all(
-            sub.flight is None and not sub.unanswered and not sub.changes(snapshot.resources[type_url])
-            for type_url, sub in self.subscriptions.items()
-            if sub.opened
-        )
+        """Whether the client has accepted all of this snapshot that it subscribes to and does not refuse.
+
+        What is gone, and lingers, does not count.
+        """
+        for type_url, sub in self.subscriptions.items():
+            if sub.opened:
+                change = sub.changes(snapshot.resources[type_url])
+                gone = change.remove - self._gone.get(type_url, {}).keys()
+                if sub.flight is not None or sub.unanswered or change.update or gone:
+                    return False
+        return True
 
     def _answer(
         self, kind: Kind, type_url: str, sub: Subscription, flight: Flight, error: wire.Status | None
@@ -278,14 +328,24 @@ class Stream(ABC, Generic[RequestT]):
 
 
 class SotwStream(Stream[wire.DiscoveryRequest]):
-    """State of the world: each request carries all names, and listeners and clusters are sent as a whole."""
+    """State of the world: each request carries all names, and listeners and clusters are sent as a whole.
 
-    def __init__(self, identifier: str = "", only: str = "") -> None:
+    `stand_in` makes the encoded cluster of rule 11 for a name.
+    """
+
+    def __init__(
+        self, stand_in: Callable[[str], bytes], identifier: str = "", only: str = "", linger: float = LINGER
+    ) -> None:
         subscriptions = {
-            type_url: Subscription(tells_absence=type_url not in BY_NAME, empty_is_wildcard=type_url not in BY_NAME)
+            type_url: Subscription(
+                tells_absence=type_url not in BY_NAME,
+                empty_is_wildcard=type_url not in BY_NAME,
+                full_state=type_url not in BY_NAME,
+            )
             for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier, only)
+        super().__init__(subscriptions, identifier, only, linger)
+        self._stand_in = stand_in
 
     def receive(self, request: wire.DiscoveryRequest) -> Received:
         type_url, sub = self._asked(request.type_url)
@@ -315,6 +375,27 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
                 sub.set_names(names)
         return received
 
+    def _push(self, type_url: str, snapshot: Snapshot, now: float) -> Response | None:
+        clusters = self.subscriptions[CLUSTER]
+        if type_url == CLUSTER and clusters.claims_other(snapshot.resources[CLUSTER]):
+            if self._gathering() and now < self._began + GATHER:
+                return None
+            gone = sorted(self.subscriptions[ENDPOINT].names - snapshot.resources[CLUSTER].keys())
+            self.stand_ins = tuple(gone[:MAX_STAND_INS])
+            clusters.assume(make_resource(CLUSTER, name, self._stand_in(name)) for name in self.stand_ins)
+        return super()._push(type_url, snapshot, now)
+
+    def _gathering(self) -> bool:
+        """Rule 11: it has come back, and has not asked for endpoints yet."""
+        subs = self.subscriptions
+        return subs[CLUSTER].resumed and not subs[ENDPOINT].opened and not self._only
+
+    def deadline(self, now: float) -> float | None:
+        deadline, gathered = super().deadline(now), self._began + GATHER
+        if self._gathering() and gathered > now:
+            return gathered if deadline is None else min(deadline, gathered)
+        return deadline
+
     def _encode(self, type_url: str, change: Change, snapshot: Snapshot, nonce: str) -> tuple[str, Response]:
         resources, version = change.update, snapshot.versions[type_url]
         if type_url not in BY_NAME:
@@ -330,11 +411,11 @@ class SotwStream(Stream[wire.DiscoveryRequest]):
 class DeltaStream(Stream[wire.DeltaDiscoveryRequest]):
     """Incremental: requests change the set of names, responses carry only what changed."""
 
-    def __init__(self, identifier: str = "", only: str = "") -> None:
+    def __init__(self, identifier: str = "", only: str = "", linger: float = LINGER) -> None:
         subscriptions = {
             type_url: Subscription(tells_absence=True, empty_is_wildcard=type_url not in BY_NAME) for type_url in TYPES
         }
-        super().__init__(subscriptions, identifier, only)
+        super().__init__(subscriptions, identifier, only, linger)
 
     def receive(self, request: wire.DeltaDiscoveryRequest) -> Received:
         type_url, sub = self._asked(request.type_url)

@@ -11,7 +11,7 @@ resource is refused: it is not sent again until it changes, and the client stays
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -50,12 +50,15 @@ class Subscription:
 
     `tells_absence`: this variant can say of this type that a resource does not exist.
     `empty_is_wildcard`: a client that never named a resource wants them all (the protocol's legacy rule).
+    `full_state`: each response says all that the client is to hold, and takes away what it leaves out.
     """
 
     tells_absence: bool
     empty_is_wildcard: bool
+    full_state: bool = False
 
     opened: bool = False  # a request for this type has come
+    resumed: bool = False  # and it said what the client holds from an earlier stream
     wildcard: bool = False
     names: set[str] = field(default_factory=set)  # asked for by name
     # What the client has accepted. None: it has been told that the resource does not exist.
@@ -89,6 +92,7 @@ class Subscription:
         `claim` is SotW's version_info, `held` delta's initial_resource_versions (name -> version).
         """
         self.opened = True
+        self.resumed = bool(claim or held)
         self.set_names(names)
         self._claim = claim
         for name, version in (held or {}).items():
@@ -157,6 +161,9 @@ class Subscription:
 
     def _forget_unwanted(self) -> None:
         self._compare_all()
+        # Beside a wildcard too, or a client could have any number of names told to be absent.
+        for name in [name for name, resource in self.held.items() if resource is None and name not in self.names]:
+            del self.held[name]
         for memory in (self.held, self.refused):
             for name in [name for name in memory if not self.wants(name)]:
                 del memory[name]
@@ -216,10 +223,12 @@ class Subscription:
         self.refused = {n: v for n, v in self.refused.items() if n in resources and resources[n].version == v}
         return bool(self.refused) or self._refused_whole == self.wanted(resources)
 
-    def plan(self, resources: Mapping[str, Resource], step: Step | None = None, *, keep_removed: bool) -> Change | None:
+    def plan(
+        self, resources: Mapping[str, Resource], step: Step | None = None, kept: Container[str] = ()
+    ) -> Change | None:
         """Return what to send now, None for nothing. At most one response is in flight: what comes meanwhile coalesces.
 
-        `keep_removed`: the client is to keep what it holds, even if the snapshot no longer has it.
+        `kept`: names that the client is to keep if it holds them, even if the snapshot no longer has them.
         """
         if self.flight is not None or not self.opened:
             return None
@@ -235,8 +244,8 @@ class Subscription:
         if not self.tells_absence:
             self._drop(remove)
             remove = frozenset()
-        elif keep_removed:
-            remove = frozenset(name for name in remove if self.held.get(name) is None)
+        else:
+            remove = frozenset(name for name in remove if self.held.get(name) is None or name not in kept)
         update = dict(islice(change.update.items(), self._limit))
         whole = len(update) == len(change.update) and (not self.tells_absence or len(remove) == len(change.remove))
         if update or remove or self.unanswered:
@@ -246,13 +255,25 @@ class Subscription:
             self._clean = resources
         return None
 
+    def assume(self, resources: Iterable[Resource]) -> None:
+        """Take it that the client holds these, whatever it says."""
+        self.held.update({resource.name: resource for resource in resources})
+        self._compare_all()
+
+    def claims_other(self, resources: Mapping[str, Resource]) -> bool:
+        """Whether a SotW client that wants all of these says it holds another version, and is not answered yet."""
+        return bool(self._claim) and self.wildcard and not self._believed(self.wanted(resources))
+
+    def _believed(self, wanted: Mapping[str, Resource]) -> bool:
+        return self.wildcard and not self.names and self._claim == version_of(wanted)
+
     def _check_claim(self, wanted: Mapping[str, Resource]) -> None:
         """Compare what a reconnecting SotW client says it holds with what it would be sent.
 
         Only a wildcard's version is believed. A client may have dropped a name and taken it up again since it was sent
         that version: it then waits for a resource that, going by the version, it has.
         """
-        if self.wildcard and not self.names and self._claim == version_of(wanted):
+        if self._believed(wanted):
             self.held.update(wanted)
             self.unanswered = False
             self.version_acked = self._claim
@@ -296,13 +317,16 @@ class Subscription:
         change, self.flight = self.flight.change, None
         self.last_nack = message
         self._compare_all()
+        # What the client holds is in every full state, owed or not: to send it again says nothing more.
+        new = {name: r for name, r in change.update.items() if not (self.full_state and self._holds(r))}
         if not self.base_known:
             self._refused_whole = change.update
-        elif len(change.update) > 1:
+        elif len(new) > 1:
             self._limit = len(change.update) // 2
             self.owe(name for name, resource in change.update.items() if self._holds(resource))
-        elif change.update:
-            self.refused.update({name: resource.version for name, resource in change.update.items()})
+        elif new:
+            self.refused.update({name: resource.version for name, resource in new.items()})
+            self.owe(change.update.keys() - new.keys())
         else:
             self._drop(change.remove)  # to refuse a removal means nothing: the resource is not served any more
 

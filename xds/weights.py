@@ -189,7 +189,7 @@ def weigh(
     known = {key: member for key, member in previous.members.items() if key in by_key and not by_key[key].draining}
     warm = {key for key, member in known.items() if now - member.since >= RAMP}
     observed = {
-        key: _observe(previous.members.get(key), sample, now, others_warm=bool(warm - {key}))
+        key: _observe(previous.members.get(key), sample, now, others_warm=len(warm) > (key in warm))
         for key, sample in by_key.items()
     }
     stale = STALE * interval

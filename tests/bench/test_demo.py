@@ -227,6 +227,7 @@ async def until_ready(process: asyncio.subprocess.Process) -> str:
     return text
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 @pytest.mark.timeout(120)
 async def test_the_demo_compares_both_ports(tmp_path: Path) -> None:
@@ -254,6 +255,7 @@ async def test_the_demo_compares_both_ports(tmp_path: Path) -> None:
     assert family(tmp_path) == []
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 @pytest.mark.timeout(60)
 async def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
@@ -269,6 +271,7 @@ async def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert family(tmp_path) == []
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 @pytest.mark.timeout(60)
 async def test_a_killed_demo_leaves_nothing(tmp_path: Path) -> None:

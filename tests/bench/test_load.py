@@ -89,6 +89,7 @@ def test_a_schedule_is_what_the_workload_says() -> None:
     assert all(json.dumps(messages[:-2]) in seen for messages in later)
 
 
+@pytest.mark.alone
 async def test_an_answer_is_measured(http: aiohttp.ClientSession) -> None:
     """First token before the end, tokens and the pod's name; the second time the prompt is in the prefix cache."""
     async with SimulatedPod("pod-a", config=FAST) as pod:
@@ -157,6 +158,7 @@ async def test_what_is_no_stream_of_tokens(http: aiohttp.ClientSession, sent: by
         assert (await send(http, url, b"")).error == error
 
 
+@pytest.mark.alone
 async def test_the_loop_is_open(http: aiohttp.ClientSession) -> None:
     """Requests go out on time though no earlier one has been answered: the server answers none before the last."""
     bodies: list[bytes] = []

@@ -378,21 +378,6 @@ async def _ports(envoy: Envoy) -> set[int]:
     return {each["address"]["socket_address"]["port_value"] for each in active}
 
 
-async def test_running_answer_survives_changes(gateway: Gateway, session: aiohttp.ClientSession) -> None:
-    """A streamed answer goes on while routes, endpoints and the strategy change under it."""
-    body = {"model": "/model/qwen", "prompt": LONG, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    async with session.post(f"http://127.0.0.1:{gateway.llm_port}/v1/completions", json=body) as response:
-        assert response.status == 200
-        assert (await response.content.readline()).startswith(b"data: ")
-        gateway.write_pool("DEFAULT")
-        await gateway.until(lambda control: control.topology.clusters[0].strategy is Strategy.DEFAULT)
-        (gateway.config / f"{response.headers['x-sim-pod']}.yaml").unlink()
-        await gateway.until(lambda control: _endpoints(control) == 3)
-        rest = await response.read()
-    assert rest.endswith(b"data: [DONE]\n\n")
-    assert b"error" not in rest
-
-
 async def test_envoy_refused_nothing(gateway: Gateway) -> None:
     """No response of a whole start-up was rejected, on any type."""
     stats = (await gateway.envoy.get("/stats?format=json&filter=update_rejected"))["stats"]

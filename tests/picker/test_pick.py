@@ -4,6 +4,7 @@ import json
 from random import Random
 
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.memory import CHUNKS
 from picker.models import Models, Rule
 from picker.pick import Pick, Picker, PoolConfig, Reason
 from picker.prefix import chunk_hashes
@@ -243,7 +244,7 @@ def test_thresholds_are_the_pools() -> None:
 
 
 def test_the_memory_is_bounded_over_all_pods() -> None:
-    """However many pods in however many pools report however large a cache."""
+    """However many pods in however many pools report however large a cache; pools that go leave their share."""
     asked = Picker(Random(1).random)
     for i in range(64):
         pods = tuple(PodLoad(f"{i}/{k}", kv_tokens=1 << 40) for k in range(64))
@@ -253,3 +254,9 @@ def test_the_memory_is_bounded_over_all_pods() -> None:
     for family in "xy":
         asked.pick("0", body(family, size=600_000), 0.0)
     assert 256 <= asked.chunks < 270
+    for i in range(1, 64):
+        asked.forget(str(i))
+    asked.update(PoolLoad("0", (PodLoad("0/0", kv_tokens=1 << 40),)), 0.0)
+    for family in "xyz":
+        asked.pick("0", body(family, size=600_000), 0.0)
+    assert 3 * 256 <= asked.chunks <= CHUNKS

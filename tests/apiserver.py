@@ -17,6 +17,7 @@ import base64
 import json
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class FakeApiServer:
         self.store = Store(resources, lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         self.store.changed = self._changed
         self.requests: list[str] = []  # "list pods", "watch pods", ...: every one that was answered, or would have been
+        self.at_once: Counter[str] = Counter()  # by method how many were under way at the same time, at most
+        self._under_way: Counter[str] = Counter()
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
         self.watches: set[Watch] = set()
         self._rules: list[Rule] = []
@@ -186,6 +189,8 @@ class FakeApiServer:
     # --- requests ---
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self._under_way[request.method] += 1
+        self.at_once[request.method] = max(self.at_once[request.method], self._under_way[request.method])
         try:
             await self._running.wait()
             if self.faults.delay:
@@ -195,6 +200,8 @@ class FakeApiServer:
         except ApiError as error:
             headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
             return _json(error.status(), error.code, headers)
+        finally:
+            self._under_way[request.method] -= 1
 
     def _authenticate(self, request: web.Request) -> None:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":

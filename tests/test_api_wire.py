@@ -100,6 +100,8 @@ def test_error_event() -> None:
     status = {"kind": "Status", "message": "too old resource version: 1 (1719)", "reason": "Expired", "code": 410}
     expected = Failure("Expired", "too old resource version: 1 (1719)", 410)
     assert read_event({"type": "ERROR", "object": status}, PODS) == expected
+    for useless in (10**400, -1, "410", None):
+        assert read_event({"type": "ERROR", "object": {"code": useless}}, PODS) == Failure("HTTP", "HTTP 0", 0)
 
 
 @pytest.mark.parametrize("line", [None, {}, {"type": "ADDED", "object": {}}, {"type": "X", "object": pod()}, "404"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import resource
@@ -25,7 +26,11 @@ from bench.envoy import free_port
 from tests.apiserver import FakeApiServer
 from tests.goldens import ROOT
 from tests.test_check import WHOLE
+from xds import kube_client, show
+from xds import serve as serve_command
 from xds.__main__ import COMMANDS, main
+from xds.kube_writer import Options as WriterOptions
+from xds.model import ObjectRef
 from xds.serve import MOST_FILES
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
@@ -78,6 +83,19 @@ def test_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--kubernetes", "--config", "."), "--config: not allowed with argument --kubernetes"),
         (("serve", "--config", ".", "--kubeconfig", "x"), "--kubeconfig goes with --kubernetes"),
         (("serve", "--config", ".", "--namespace", "x"), "--namespace goes with --kubernetes"),
+        (("serve", "--config", ".", "--gateway-address", "x"), "--gateway-address goes with --kubernetes"),
+        (("serve", "--config", ".", "--no-status"), "--no-status goes with --kubernetes"),
+        (("serve", "--kubernetes", "--lease", "x"), "--lease: expected NAMESPACE/NAME, found x"),
+        (
+            ("serve", "--kubernetes", "--gateway-service", "A/b"),
+            "--gateway-service: expected NAMESPACE/NAME, found A/b",
+        ),
+        (("serve", "--kubernetes", "--gateway-address", "A_b"), "--gateway-address: expected an IP address or a lower"),
+        (("serve", "--kubernetes", "--lease", "a/b", "--no-status"), "--lease is for writing statuses"),
+        (
+            ("serve", "--kubernetes", "--namespace", "x", "--gateway-service", "y/envoy"),
+            "--gateway-service: namespace y is not read: add --namespace y",
+        ),
         (
             ("serve", "--config", ".", "--listen", "here"),
             "expected HOST:PORT with a port from 1 to 65535, found 'here'",
@@ -268,6 +286,7 @@ async def test_serve_from_an_api_server(tmp_path: Path) -> None:
             page = (await get("/metrics"))[1]
             assert 'vllm_xds_api_objects{resource="gateways.gateway.networking.k8s.io"} 1.0' in page
             assert 'vllm_xds_api_staleness_seconds{resource="pods"}' in page
+            assert not any(each.startswith(("patch", "create", "get")) for each in api.requests)  # no Lease, no status
             await api.stop()
             assert (await server.event("watch failed"))["reason"] == "Unreachable"
             assert await get("/readyz") == (200, "ready\n")
@@ -275,6 +294,67 @@ async def test_serve_from_an_api_server(tmp_path: Path) -> None:
             code, rest = await server.end()
         assert code == 0
         assert json.loads(rest[-1])["event"] == "server stopped"
+
+
+async def test_serve_writes_statuses(tmp_path: Path) -> None:
+    """Of what it serves, with the address given, while it holds the Lease; it says so, and gives it back at the end."""
+    status, kubeconfig = free_port(), tmp_path / "kubeconfig"
+
+    def programmed() -> tuple[str, str]:
+        stored = api.store.get(api.store.table("Gateway"), ("default", "gw"))
+        conditions = stored.get("status", {}).get("conditions", ())
+        return next(((each["status"], each["reason"]) for each in conditions if each["type"] == "Programmed"), ("", ""))
+
+    def holder() -> str:
+        return str(api.store.get(api.store.table("Lease"), ("default", "l"))["spec"]["holderIdentity"])
+
+    async with FakeApiServer() as api:
+        for document in yaml.safe_load_all(WHOLE):
+            api.store.put(document)
+        kubeconfig.write_text(api.kubeconfig())
+        options = ("--lease", "default/l", "--gateway-address", "10.0.0.1")
+        async with serve(str(kubeconfig), free_port(), status, *options) as server:
+            acquired = await server.event("leadership acquired")
+            assert acquired["identity"] == holder()
+            async with asyncio.timeout(BOUND):
+                while programmed() != ("True", "Programmed"):  # noqa: ASYNC110 - the API server is this process
+                    await asyncio.sleep(0.01)
+            out = io.StringIO()
+            await show.show(f"127.0.0.1:{status}", out)
+            assert "writes statuses: holds the Lease default/l" in out.getvalue().splitlines()
+            server.process.send_signal(signal.SIGTERM)
+            code, rest = await server.end()
+        assert (code, holder()) == (0, "")
+        assert "leadership released" in [json.loads(line)["event"] for line in rest]
+
+
+def test_the_lease_of_a_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster it is one of the pod's own namespace, unless another is named or no status is wanted; outside there
+    is none."""
+    namespace = tmp_path / "namespace"
+    namespace.write_text("gateway\n")
+    monkeypatch.setattr(kube_client, "SERVICE_ACCOUNT_NAMESPACE", namespace)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+    def options(*argv: str) -> WriterOptions | None:
+        parser = argparse.ArgumentParser()
+        serve_command.add_arguments(parser)
+        return serve_command.writer_options(parser.parse_args(["--kubernetes", *argv]))
+
+    assert options() is None
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    found, other = options(), options()
+    assert found is not None
+    assert other is not None
+    assert found.lease == ("gateway", "vllm-xds")
+    assert found.identity != other.identity
+    assert options("--no-status") is None
+    chosen = options("--lease", "a/b", "--gateway-service", "x/envoy", "--gateway-address", "a.io")
+    assert chosen is not None
+    assert (chosen.lease, chosen.addresses) == (("a", "b"), (("Hostname", "a.io"),))
+    assert chosen.service == ObjectRef("", "Service", "x", "envoy")
+    namespace.unlink()
+    assert options() is None
 
 
 async def test_serve_without_a_kubeconfig_ends_with_a_sentence(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
-from tests.objects import backend, config, exact, gateway, gateway_class, parent, pod, pool, route, rule, service
+from tests.objects import backend, config, exact, gateway, gateway_class, parent, pod, pool, ref, route, rule, service
 from tests.test_translate import weights_of
 from xds import snapshot as types
 from xds.control import Control
 from xds.envoy import Options
 from xds.metrics import Metrics
-from xds.model import Config, Level, Load, Object, ObjectRef, Pod, Rejection
+from xds.model import Config, Level, Load, Object, ObjectRef, Pod, Rejection, Status
 from xds.scrape import Reading, Scraper
 from xds.server import ManagementServer
 from xds.snapshot import Snapshot
@@ -177,6 +177,56 @@ async def test_a_refused_route_is_taken_back_and_named(world: World, logs: Logs)
     assert "rejection cleared" in events(logs)
     assert world.value("vllm_xds_objects_refused", object="HTTPRoute default/a") is None
     assert world.control.rejections == ()
+
+
+async def test_what_envoy_refuses_is_in_the_statuses(world: World) -> None:
+    """The HTTPRoute at its new generation, with what Envoy said; a Gateway whose listener is refused, a pool whose
+    cluster is. A trial is not told of, and what is mended is well again."""
+    told: list[dict[ObjectRef, Status]] = []
+    world.control.follow_statuses(lambda statuses, _: told.append({status.ref: status for status in statuses}))
+
+    def made(path: str, generation: int) -> Config:
+        llm = rule(backend("llm", "InferencePool", port=0), matches=[exact(path)])
+        about = route(llm)
+        changed = replace(about, meta=replace(about.meta, generation=generation))
+        return config(gateway_class(), gateway(), pool(), A, changed)
+
+    def said(of: ObjectRef) -> list[tuple[str, str, str, int]]:
+        status = told[-1][of]
+        conditions = [*status.conditions, *(each for parent in status.parents for each in parent.conditions)]
+        return [(each.type, each.status, each.reason, each.generation) for each in conditions]
+
+    def answer(type_url: str, name: str, verdict: str) -> None:
+        resources = world.recorder.last.resources[type_url]
+        world.recorder.tell(type_url, {name: resources[name].version}, verdict)
+
+    of_route, of_gateway, of_pool = ref("HTTPRoute", "route"), ref("Gateway", "gw"), ref("InferencePool", "llm")
+    accepted, resolved = ("Accepted", "True", "Accepted"), ("ResolvedRefs", "True", "ResolvedRefs")
+    await world.control.configure(made("/a", 1))
+    assert said(of_route) == [(*accepted, 1), (*resolved, 1)]
+    answer(types.ROUTE, "http-8080", "")
+    await world.control.configure(made("/bad", 2))
+    answer(types.ROUTE, "http-8080", "no such path")
+    await world.control.review()
+    assert said(of_route) == [("Accepted", "False", "RefusedByEnvoy", 2)]
+    assert "no such path" in told[-1][of_route].parents[0].conditions[0].message
+    assert said(of_pool)[0] == ("Accepted", "False", "HTTPRouteNotAccepted", 0)
+
+    await world.control.configure(made("/b", 3))
+    assert said(of_route) == [(*accepted, 3), (*resolved, 3)]
+    assert said(of_gateway) == [(*accepted, 0), ("Programmed", "True", "Programmed", 0)]
+    answer(types.LISTENER, "http-8080", "no such filter")
+    answer(types.CLUSTER, POOL, "no such policy")
+    count = len(told)
+    await world.control.review()
+    assert len(told) == count + 1
+    assert said(of_gateway) == [(*accepted, 0), ("Programmed", "False", "Invalid", 0)]
+    assert said(of_pool) == [("Accepted", "False", "RefusedByEnvoy", 0), (*resolved, 0)]
+    answer(types.LISTENER, "http-8080", "")
+    answer(types.CLUSTER, POOL, "")
+    await world.control.review()
+    assert said(of_gateway) == [(*accepted, 0), ("Programmed", "True", "Programmed", 0)]
+    assert said(of_pool) == [(*accepted, 0), (*resolved, 0)]
 
 
 async def test_a_refused_cluster_falls_back(world: World, logs: Logs) -> None:

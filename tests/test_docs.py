@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from xds.conditions import FEATURES
+
 ROOT = Path(__file__).parent.parent
 WRITER = re.compile(r"(.*\b)?(log|events)\.(debug|info|warning|error)|write|tell")  # the last two are one of them
 
@@ -32,6 +34,19 @@ def test_every_log_event_is_documented_with_an_example() -> None:
     assert len(events) > 20
     assert events - examples == set()
     assert {event for event in events if f"**{event}**" not in text} == set()
+
+
+def test_what_conformance_rests_on_exists() -> None:
+    """Every test and file that docs/conformance.md names, and every feature that a GatewayClass claims is in it."""
+    text = (ROOT / "docs" / "conformance.md").read_text()
+    tests = {
+        name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = set(re.findall(r"\btest_\w+", text))
+    assert len(named) > 40
+    assert named - tests == set()
+    assert all((ROOT / path).exists() for path in re.findall(r"\btests/[\w/]+", text))
+    assert [feature for feature in FEATURES if not re.search(rf"\b{feature}\b", text)] == []
 
 
 def test_readme_names_exactly_the_two_commands() -> None:

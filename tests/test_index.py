@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tls_files import CERTS
 from xds.index import Index, LiveIndex, Reading
-from xds.model import INFERENCE_X, Config, InferencePool, Level, Meta, ObjectRef, Pod, Rejection
+from xds.model import INFERENCE_X, Config, InferencePool, Level, Meta, ObjectRef, Pod, Refused, Rejection
 from xds.parse import Parsed, parse
 
 
@@ -29,6 +29,12 @@ def _pod(name: str, source: str, ip: str = "10.0.0.1", created: str = "") -> Par
 def _bad(name: str, source: str) -> Parsed:
     """A document whose object is known and rejected."""
     return Parsed(source, _ref(name), None, (Rejection(_ref(name), "Invalid", "no", "spec", source),))
+
+
+def _refused(name: str, text: str) -> Parsed:
+    """The same of an object that has a status."""
+    pool = InferencePool(Meta(_ref(name), generation=len(text)), {}, ())
+    return replace(_bad(name, ""), refused=Refused(pool, "Invalid", text))
 
 
 def _nameless(source: str) -> Parsed:
@@ -120,6 +126,15 @@ def test_order_of_a_config() -> None:
     assert config == Index().update(Reading(documents[::-1], rejections[::-1])).config()
 
 
+def test_a_refused_version_says_what_is_served_instead() -> None:
+    """The version before it, if there is one; and it is forgotten with the next good one."""
+    first = Index().update(Reading((_refused("a", "why"),)))
+    assert [each.message for each in first.config().refused] == ["why"]
+    second = first.update(Reading((_pod("a", ""),))).update(Reading((_refused("a", "why"),)))
+    assert [each.message for each in second.config().refused] == ["why; its last good version is served"]
+    assert second.update(Reading((_pod("a", ""),))).config().refused == ()
+
+
 def test_every_kind_reaches_its_field() -> None:
     """A parsed object of each kind is in exactly one tuple of the Config."""
     x = {"metadata": {"name": "x"}}
@@ -161,7 +176,7 @@ def test_every_kind_reaches_its_field() -> None:
     config = Index().update(Reading(tuple(parse(x | document) for document in documents))).config()
     assert config.rejections == ()
     for name in Config.__slots__:
-        assert len(getattr(config, name)) == (name != "rejections"), name
+        assert len(getattr(config, name)) == (name not in ("rejections", "refused")), name
 
 
 def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +220,14 @@ def test_served_objects_always_were_accepted(readings: list[list[Parsed]]) -> No
 
 _CHANGES = st.builds(
     lambda make, name, ip, created: (_ref(name), make(name, ip, created)),
-    st.sampled_from([lambda n, ip, c: _pod(n, "", ip, c), lambda n, *_: _bad(n, ""), lambda *_: None]),
+    st.sampled_from(
+        [
+            lambda n, ip, c: _pod(n, "", ip, c),
+            lambda n, *_: _bad(n, ""),
+            lambda n, ip, c: _refused(n, ip + c),
+            lambda *_: None,
+        ]
+    ),
     st.sampled_from("abcd"),
     st.sampled_from(["10.0.0.1", "10.0.0.2"]),
     st.sampled_from(["", "2025-01-01T00:00:00Z", "2026-01-01T00:00:00Z"]),

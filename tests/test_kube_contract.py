@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +23,18 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from tests.apiserver import APPLY, MERGE, FakeApiServer
 from tests.following import eventually, following
-from xds.api_wire import Failure, Page, Served, choose, group_versions, read_event, read_page
+from xds import lease
+from xds.api_wire import Failure, Item, Page, Served, choose, group_versions, read_event, read_page
+from xds.events import event
+from xds.kube import KubernetesSource
 from xds.kube_client import Client, connect
+from xds.kube_writer import Options as WriterOptions
+from xds.kube_writer import StatusWriter, observes
+from xds.metrics import Metrics
+from xds.model import GATEWAY, ObjectRef, Rejection
 from xds.parse import KINDS
+from xds.resolve import resolve
+from xds.status_patch import patch, read_live
 
 REAL = "KUBECONFIG_FOR_TESTS"
 LONG = 20.0  # seconds for one answer
@@ -207,6 +217,129 @@ async def test_what_status_and_leases_rest_on(cluster: Cluster) -> None:
     with pytest.raises(ApiException) as refused:
         await cluster.write("PATCH", f"{leases}/lock", {"spec": {}}, "application/json-patch+json")
     assert refused.value.status == 400
+
+
+async def test_a_status_is_patched_for_one_version(cluster: Cluster) -> None:
+    """A merge patch of the status subresource with another resourceVersion is a 409, and changes nothing but it."""
+    await _pod(cluster, "p", "127.0.0.2")
+    path = f"{cluster.path('pods', name='p')}/status"
+    before = await cluster.write("GET", cluster.path("pods", name="p"))
+
+    async def send(version: str, message: str) -> Any:
+        body = {"metadata": {"resourceVersion": version, "labels": {"x": "y"}}, "status": {"message": message}}
+        return await cluster.client.send("PATCH", path, body, LONG, MERGE)
+
+    after = await send(before["metadata"]["resourceVersion"], "one")
+    assert after["status"]["message"] == "one"
+    assert after["status"]["podIP"] == "127.0.0.2"
+    assert "generation" not in after["metadata"] or after["metadata"]["generation"] == before["metadata"]["generation"]
+    refused = await send(before["metadata"]["resourceVersion"], "two")
+    assert isinstance(refused, Failure)
+    assert (refused.status, refused.reason) == (409, "Conflict")
+
+
+async def test_an_event_is_there_once(cluster: Cluster) -> None:
+    """As we make it, it is accepted; the same again is a 409."""
+    await cluster.service("s")
+    (item,) = (await cluster.page(cluster.services)).items
+    ref = ObjectRef("", "Service", cluster.namespace, "s")
+    rejection = Rejection(ref, "Invalid", "expected y " * 200, "spec.z")
+    path, body = event(ref, rejection, read_live(item, SERVICES), "tester", datetime.now(UTC))
+    made = await cluster.client.send("POST", path, body, LONG)
+    assert not isinstance(made, Failure), made
+    again = await cluster.client.send("POST", path, body, LONG)
+    assert isinstance(again, Failure)
+    assert (again.status, again.reason) == (409, "AlreadyExists")
+
+
+async def test_the_lease_goes_from_one_to_the_other(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Created, renewed and given back by one writer, taken at once by the next."""
+    monkeypatch.setattr(lease, "RETRY", 0.2)
+    path = cluster.path("leases", "coordination.k8s.io", name="l")
+    transitions = []
+    for name in ("a", "b"):
+        options = WriterOptions((cluster.namespace, "l"), name, ("example.com/x",))
+        writer = StatusWriter(cluster.client, {}, options, Metrics())
+        task = asyncio.create_task(writer.run())
+        await eventually(lambda writer=writer: writer.lease.leads())  # type: ignore[misc]
+        spec = (await cluster.write("GET", path))["spec"]
+        assert spec["holderIdentity"] == name
+        transitions.append(spec["leaseTransitions"])
+        await _until(cluster, path, lambda now, then=spec: now["renewTime"] > then["renewTime"])  # type: ignore[misc]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not (await cluster.write("GET", path))["spec"].get("holderIdentity")
+    assert transitions == [0, 1]
+
+
+async def test_statuses_of_gateway_api(cluster: Cluster) -> None:
+    """Of a Gateway and its route, where the server has the CRDs: as they validate it, and nothing after that."""
+    api, controller = f"{GATEWAY}/v1", f"example.com/{cluster.namespace}"
+    found = await cluster.client.get(f"/apis/{api}", {}, LONG)
+    if isinstance(found, Failure):
+        pytest.skip("this API server has no Gateway API")
+    head = {"apiVersion": api, "metadata": {"name": cluster.namespace}}
+    classes = f"/apis/{api}/gatewayclasses"
+    await cluster.write("POST", classes, head | {"kind": "GatewayClass", "spec": {"controllerName": controller}})
+    try:
+        listener = {"name": "http", "port": 80, "protocol": "HTTP"}
+        spec: Any = {
+            "gatewayClassName": cluster.namespace,
+            "listeners": [listener, listener | {"name": "s", "port": 81}],
+        }
+        of = {"apiVersion": api, "metadata": {"name": "x"}}
+        await cluster.write("POST", cluster.path("gateways", GATEWAY), of | {"kind": "Gateway", "spec": spec})
+        spec = {
+            "parentRefs": [{"name": "x", "sectionName": "s"}],
+            "rules": [{"backendRefs": [{"name": "n", "port": 1}]}],
+        }
+        await cluster.write("POST", cluster.path("httproutes", GATEWAY), of | {"kind": "HTTPRoute", "spec": spec})
+        metrics = Metrics()
+        source = KubernetesSource(cluster.client, metrics, [cluster.namespace], observe=observes(None))
+        options = WriterOptions((cluster.namespace, "l"), "a", (controller,), (("IPAddress", "127.0.0.9"),))
+        writer = StatusWriter(cluster.client, source.live, options, metrics)
+        source.follow_live(writer.observed)
+
+        async def run() -> None:
+            async with aclosing(source.configs()) as configs, asyncio.TaskGroup() as group:
+                group.create_task(writer.run())
+                async for config in configs:
+                    writer.follow(resolve(config, [controller]).statuses, ())
+
+        task = asyncio.create_task(run())
+        try:
+            gateway = cluster.path("gateways", GATEWAY, name="x")
+            await _until(cluster, gateway, lambda now: now["listeners"][1]["attachedRoutes"] == 1, "status")
+            route = cluster.path("httproutes", GATEWAY, name="x")
+            await _until(cluster, route, lambda now: len(now["parents"][0]["conditions"]) == 2, "status")
+            await eventually(lambda: not writer.pending)
+            for ref, status in writer._wanted.items():  # as the server keeps it, it is what is wanted
+                plural = {"GatewayClass": "gatewayclasses", "Gateway": "gateways", "HTTPRoute": "httproutes"}[ref.kind]
+                served = Served(GATEWAY, "v1", ref.kind, plural, namespaced=ref.kind != "GatewayClass")
+                value = await cluster.write("GET", f"{served.path(ref.namespace)}/{ref.name}")
+                item = Item((ref.namespace, ref.name), "", value["metadata"]["resourceVersion"], value)
+                again = patch(
+                    *(ref, status, read_live(item, served), "2026-01-01T00:00:00Z"),
+                    controllers=frozenset({controller}),
+                    addresses=options.addresses,
+                )
+                assert again is None
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    finally:
+        await cluster.write("DELETE", f"{classes}/{cluster.namespace}")
+
+
+async def _until(cluster: Cluster, path: str, true: Callable[[Any], bool], part: str = "spec") -> None:
+    """Ask for an object until this holds of a part of it."""
+    async with asyncio.timeout(LONG):
+        while True:
+            value = (await cluster.write("GET", path)).get(part)
+            with suppress(LookupError, TypeError):
+                if true(value):
+                    return
+            await asyncio.sleep(0.05)
 
 
 async def test_loopback_addresses(cluster: Cluster) -> None:

@@ -14,6 +14,7 @@ from xds.model import (
     AllowedRoutes,
     BackendRef,
     BackendTrafficPolicy,
+    ConditionType,
     Filters,
     Gateway,
     HeaderModifier,
@@ -25,9 +26,11 @@ from xds.model import (
     ParentRef,
     PathMatch,
     PathModifier,
+    Problem,
     ReferenceGrant,
     Rejection,
     RequestRedirect,
+    Requirement,
     RouteMatch,
     RouteRule,
     URLRewrite,
@@ -141,43 +144,99 @@ def test_https_listener(mode: dict[str, str]) -> None:
     ],
 )
 def test_tls_that_is_not_served_costs_its_listener(tls: Any, field: str, spec: Any) -> None:
-    """Passthrough, no certificate, and above all a listener that would let in clients without a certificate."""
+    """Passthrough, no certificate, and above all a listener that would let in clients without a certificate. It is
+    handed on with the problem, and the other one without."""
     parsed = _https(tls, **spec)
     assert isinstance(parsed.object, Gateway)
-    assert [each.name for each in parsed.object.listeners] == ["b"]
     rejection = next(each for each in parsed.rejections if each.level is Level.ERROR)
     assert rejection.field == f"spec.listeners[0].tls.{field}"
     assert "listener a is not served" in rejection.message
+    (lost, served) = parsed.object.listeners
+    condition = ConditionType.RESOLVED_REFS if field == "certificateRefs" else ConditionType.ACCEPTED
+    assert lost.problems == (Problem.of(condition, rejection),)
+    assert served.problems == ()
 
 
 @pytest.mark.parametrize("protocol", ["TLS", "TCP", "UDP", "example.com/mine"])
 def test_unsupported_protocol_costs_its_listener_only(protocol: str) -> None:
-    """The other listeners of the Gateway are served, and the lost one is named."""
+    """The other listeners of the Gateway are served, and the lost one is handed on with its problem."""
     parsed = _gateway(
         {"name": "a", "port": 443, "protocol": protocol, "tls": {"mode": "Terminate"}},
         {"name": "b", "port": 80, "protocol": "HTTP"},
     )
     assert isinstance(parsed.object, Gateway)
-    assert [each.name for each in parsed.object.listeners] == ["b"]
     assert (_only(parsed).reason, _only(parsed).level) == ("UnsupportedProtocol", Level.ERROR)
     assert _only(parsed).field == "spec.listeners[0].protocol"
+    (lost, served) = parsed.object.listeners
+    assert lost == Listener("a", 443, protocol, problems=(Problem.of(ConditionType.ACCEPTED, _only(parsed)),))
+    assert served.problems == ()
 
 
-def test_selector_with_expressions_allows_nothing() -> None:
-    """Label expressions are not supported; leaving them out would admit more namespaces than the author wrote."""
-    selector = {"matchLabels": {"a": "b"}, "matchExpressions": [{"key": "c", "operator": "Exists"}]}
-    parsed = _gateway(
-        {
-            "name": "a",
-            "port": 80,
-            "protocol": "HTTP",
-            "allowedRoutes": {"namespaces": {"from": "Selector", "selector": selector}},
-        }
-    )
+def test_the_case_of_a_protocol_does_not_count() -> None:
+    """`http` is HTTP; what only resembles it is not."""
+    parsed = _gateway({"name": "a", "port": 80, "protocol": "http"}, {"name": "b", "port": 81, "protocol": "httpx"})
     assert isinstance(parsed.object, Gateway)
-    assert parsed.object.listeners[0].allowed.namespaces_from == "None"
-    assert _only(parsed).reason == "UnsupportedValue"
-    assert _only(parsed).field == "spec.listeners[0].allowedRoutes.namespaces.selector.matchExpressions"
+    assert [(each.protocol, bool(each.problems)) for each in parsed.object.listeners] == [
+        ("HTTP", False),
+        ("httpx", True),
+    ]
+
+
+def test_kinds_of_routes_that_are_not_served() -> None:
+    """Each is named in a warning and a problem of the listener's references; HTTPRoute is none of them."""
+    kinds = [{"kind": "HTTPRoute"}, {"kind": "GRPCRoute"}, {"group": "example.com", "kind": "HTTPRoute"}]
+    parsed = _gateway({"name": "a", "port": 80, "protocol": "HTTP", "allowedRoutes": {"kinds": kinds}})
+    assert isinstance(parsed.object, Gateway)
+    found = [(each.reason, each.level, each.field) for each in parsed.rejections]
+    where = "spec.listeners[0].allowedRoutes.kinds"
+    assert found == [("InvalidRouteKinds", Level.WARNING, f"{where}[{i}].kind") for i in (1, 2)]
+    problems = parsed.object.listeners[0].problems
+    assert problems == tuple(Problem.of(ConditionType.RESOLVED_REFS, each) for each in parsed.rejections)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"infrastructure": {"parametersRef": {"group": "a.io", "kind": "B", "name": "c"}}}, "InvalidParameters"),
+        ({"addresses": [{"type": "NamedAddress", "value": "mine"}]}, "UnsupportedAddress"),
+    ],
+)
+def test_what_a_gateway_may_not_ask_for(spec: Any, reason: str) -> None:
+    """Parameters of any kind, and addresses of a kind of others: Gateway API has it refused, not served without."""
+    listeners = [{"name": "a", "port": 80, "protocol": "HTTP"}]
+    parsed = _parse(f"{GATEWAY}/v1", "Gateway", {"gatewayClassName": "c", "listeners": listeners, **spec})
+    assert parsed.object is None
+    assert _only(parsed).reason == reason
+
+
+def test_addresses_asked_for() -> None:
+    """With their type, IPAddress where none is given; one without a value asks for any of its type."""
+    addresses = [{"value": "10.0.0.1"}, {"type": "Hostname", "value": "a.io"}, {"type": "Hostname"}]
+    listeners = [{"name": "a", "port": 80, "protocol": "HTTP"}]
+    spec = {"gatewayClassName": "c", "listeners": listeners, "addresses": addresses}
+    parsed = _parse(f"{GATEWAY}/v1", "Gateway", spec)
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    assert parsed.object.addresses == (("IPAddress", "10.0.0.1"), ("Hostname", "a.io"), ("Hostname", ""))
+
+
+def test_selector_with_expressions() -> None:
+    """Each operator with the values it wants; one with none, or with too many, rejects the Gateway."""
+
+    def selecting(*expressions: Any) -> Parsed:
+        selector = {"matchLabels": {"a": "b"}, "matchExpressions": list(expressions)}
+        allowed = {"namespaces": {"from": "Selector", "selector": selector}}
+        return _gateway({"name": "a", "port": 80, "protocol": "HTTP", "allowedRoutes": allowed})
+
+    parsed = selecting({"key": "c", "operator": "Exists"}, {"key": "d.io/e", "operator": "NotIn", "values": ["f"]})
+    assert parsed.rejections == ()
+    assert isinstance(parsed.object, Gateway)
+    requirements = (Requirement("c", "Exists"), Requirement("d.io/e", "NotIn", ("f",)))
+    assert parsed.object.listeners[0].allowed == AllowedRoutes("Selector", {"a": "b"}, (), requirements)
+    where = "spec.listeners[0].allowedRoutes.namespaces.selector.matchExpressions[0]"
+    _assert_invalid(selecting({"key": "c", "operator": "In"}), f"{where}.values")
+    _assert_invalid(selecting({"key": "c", "operator": "DoesNotExist", "values": ["x"]}), f"{where}.values")
+    _assert_invalid(selecting({"key": "c", "operator": "Gt", "values": ["x"]}), f"{where}.operator")
 
 
 @pytest.mark.parametrize(
@@ -345,9 +404,10 @@ def test_filter_that_cannot_be_served_empties_its_rule(filters: str) -> None:
     parsed = _parse(f"{GATEWAY}/v1", "HTTPRoute", {"rules": [bad, good]})
     assert isinstance(parsed.object, HTTPRoute)
     first, second = parsed.object.rules
-    assert first == RouteRule((RouteMatch(PathMatch(MatchType.PREFIX, "/m")),))
-    assert len(second.backends) == 1
     rejection = _only(parsed)
+    problem = Problem.of(ConditionType.ACCEPTED, rejection)
+    assert first == RouteRule((RouteMatch(PathMatch(MatchType.PREFIX, "/m")),), problem=problem)
+    assert (len(second.backends), second.problem) == (1, None)
     assert (rejection.reason, rejection.level) == ("UnsupportedValue", Level.ERROR)
     assert rejection.field.startswith("spec.rules[0].filters")
     assert "500" in rejection.message
@@ -359,7 +419,7 @@ def test_incompatible_filters_empty_their_rule() -> None:
       filters: [{type: RequestRedirect, requestRedirect: {}}, {type: URLRewrite, urlRewrite: {}}]
     """)
     assert isinstance(parsed.object, HTTPRoute)
-    assert parsed.object.rules == (RouteRule(),)
+    assert parsed.object.rules == (RouteRule(problem=Problem.of(ConditionType.ACCEPTED, _only(parsed))),)
     assert _only(parsed).reason == "IncompatibleFilters"
 
 
@@ -369,7 +429,7 @@ def test_redirect_of_a_backend_empties_its_rule() -> None:
       backendRefs: [{name: s, port: 1, filters: [{type: RequestRedirect, requestRedirect: {}}]}, {name: t, port: 1}]
     """)
     assert isinstance(parsed.object, HTTPRoute)
-    assert parsed.object.rules == (RouteRule(),)
+    assert parsed.object.rules == (RouteRule(problem=Problem.of(ConditionType.ACCEPTED, _only(parsed))),)
     assert _only(parsed).field == "spec.rules[0].backendRefs[0].filters[0].type"
 
 

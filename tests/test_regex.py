@@ -104,6 +104,13 @@ def test_any_pattern_that_passes_compiles(pattern: str) -> None:
     assert problem(pattern) or _compiles(pattern)
 
 
+def test_a_reason_is_short() -> None:
+    """However many digits a repetition has, and whatever they multiply to."""
+    said = problem("(" + "a{999}" + "){" + "9" * 4000 + "}")
+    assert "RE2 repeats at most 1000 times" in said
+    assert len(said) < 300
+
+
 def test_the_answer_does_not_depend_on_the_caller() -> None:
     """However much of the stack is in use: a directory read again rejects no route it served."""
     pattern = "(" * MAX_NESTED + "a*" + ")" * MAX_NESTED

@@ -51,6 +51,7 @@ from xds.model import (
     PoolSettings,
     Renames,
     RequestRedirect,
+    Requirement,
     Respond,
     Route,
     RouteMatch,
@@ -166,7 +167,8 @@ def test_what_is_no_secret_is_no_certificate() -> None:
 
 
 def test_a_port_has_one_protocol() -> None:
-    """The older Gateway's; the other's listener is left out, with ProtocolConflict."""
+    """The older Gateway's; the other's listener is left out, with ProtocolConflict. Within one Gateway there is no
+    older one: both are left out."""
     topology = served(
         gateway(listener(port=443), name="old", created="2026-01-01T00:00:00Z"),
         gateway(listener("a", 443, "a.io", ["cert"]), listener("b", 444, certificates=["cert"]), name="new"),
@@ -174,6 +176,9 @@ def test_a_port_has_one_protocol() -> None:
     )
     assert [(li.port, bool(li.chains)) for li in topology.listeners] == [(443, False), (444, True)]
     assert [(r.ref and r.ref.name, r.reason) for r in topology.rejections] == [("new", "ProtocolConflict")]
+    topology = served(gateway(listener(port=443), listener("a", 443, "a.io", ["cert"]), listener("b", 80)), secret())
+    assert [li.port for li in topology.listeners] == [80]
+    assert reasons(topology) == ["ProtocolConflict"] * 2
 
 
 # --- groups of Envoys ---
@@ -361,6 +366,28 @@ def test_allowed_routes_select_by_the_labels_of_namespaces() -> None:
     topology = served(admitting, *routes, *spaces, service(namespace="one"))
     assert [name for host in routed(topology).values() for name in host] == ["one/route/0/0"]
     assert reasons(topology) == ["NotAllowedByListeners"] * 2
+
+
+@pytest.mark.parametrize(
+    ("requirement", "namespaces"),
+    [
+        (Requirement("team", "In", ("a", "b")), ["default", "two"]),
+        (Requirement("team", "NotIn", ("a",)), ["one", "two"]),
+        (Requirement("team", "Exists"), ["default", "two"]),
+        (Requirement("team", "DoesNotExist"), ["one"]),
+        (Requirement("kubernetes.io/metadata.name", "In", ("one",)), ["one"]),
+    ],
+)
+def test_allowed_routes_select_by_expressions(requirement: Requirement, namespaces: list[str]) -> None:
+    """As Kubernetes reads them; together with matchLabels all have to hold."""
+    labels = {"default": {"team": "a", "tier": "x"}, "one": {"tier": "x"}, "two": {"team": "b"}}
+    spaces = [Namespace(Meta(ObjectRef("", "Namespace", "", name), labels=each)) for name, each in labels.items()]
+    objects = [route(rule(backend(namespace=name)), namespace=name) for name in labels]
+    for selector in ({}, {"tier": "x"}):
+        of = listener(namespaces_from="Selector", requirements=(requirement,), selector=selector)
+        topology = served(gateway(of), *objects, *spaces)
+        names = [name for host in routed(topology).values() for name in host]
+        assert names == [f"{n}/route/0/0" for n in namespaces if selector.items() <= labels[n].items()]
 
 
 @pytest.mark.parametrize(
@@ -813,7 +840,7 @@ def test_https_listeners_of_a_port_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rejections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first are told, and that there are more; one found twice is one."""
-    monkeypatch.setattr("xds.resolve.MAX_REJECTIONS", 2)
+    monkeypatch.setattr("xds.attach.MAX_REJECTIONS", 2)
     both = gateway(listener("a", 80), listener("b", 81))
     bad = route(rule(backend("no"), backend("none")))
     assert reasons(served(both, bad)) == ["BackendNotFound", "BackendNotFound"]

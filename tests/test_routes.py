@@ -146,6 +146,12 @@ def objects(upstream: int) -> list[Object]:
         on_host("half.test", rule(backend(), backend("missing"))),
         on_host("weights.test", rule(backend(weight=3), backend("other", weight=1), backend("empty", weight=0))),
         on_host("empty.test", rule(backend("empty"))),
+        on_host(
+            "timeouts.test",
+            rule(matches=[prefix("/request")], timeout=0.1),
+            rule(matches=[prefix("/backend")], backend_timeout=0.1),
+            rule(matches=[prefix("/both")], timeout=10.0, backend_timeout=0.1),
+        ),
         on_host("llm.test", rule(backend("llm", "InferencePool", port=0))),
         on_host("name.test", rule(filters=redirected(scheme="https"))),
         route(
@@ -228,6 +234,8 @@ class Proxy:
 
 async def echo(request: web.Request) -> web.Response:
     assert request.transport is not None
+    if request.path.endswith("/silence"):
+        await asyncio.Event().wait()  # until Envoy gives the request up
     seen = {
         "address": request.transport.get_extra_info("sockname")[0],
         "path": request.raw_path,
@@ -264,7 +272,7 @@ def static(upstream: int, ports: dict[int, int], admin: int) -> dict[str, Any]:
 async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", echo)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "0.0.0.0", 0)
     await site.start()
@@ -455,6 +463,13 @@ async def test_weights_share_requests(proxy: Proxy) -> None:
 async def test_a_backend_without_endpoints_is_a_503(proxy: Proxy) -> None:
     """It exists, so this is no 500."""
     assert await proxy.reached("empty.test") == 503
+
+
+@pytest.mark.parametrize("path", ["/request", "/backend", "/both"])
+async def test_a_backend_that_is_silent_for_too_long_is_a_504(proxy: Proxy, path: str) -> None:
+    """Whichever of the two timeouts is over first; an answer in time is passed on."""
+    assert await proxy.reached("timeouts.test", f"{path}/silence") == 504
+    assert await proxy.reached("timeouts.test", path) == "web"
 
 
 # --- LLM routes ---

@@ -9,19 +9,28 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from aiohttp import web
+from kubernetes_asyncio.client import Configuration
 
 from tests.ads_client import DeltaPeer, SotwPeer
 from tests.objects import config, gateway, gateway_class, listener, pool
 from tests.test_debug import LOAD, REJECTION, WARNING, A, Running, objects, running
-from xds import show
+from xds import debug, show
 from xds.__main__ import main
+from xds.kube_client import Client
+from xds.kube_lease import clock
+from xds.kube_writer import Options as WriterOptions
+from xds.kube_writer import StatusWriter
+from xds.lease import Record, Write
+from xds.metrics import Metrics
 from xds.scrape import Reading
 from xds.show import StatusError
 from xds.snapshot import CLUSTER, LISTENER, ROUTE
+from xds.status import serve_status
 
 __all__ = ["running"]  # the fixture
 
@@ -91,6 +100,37 @@ async def test_the_summary(running: Running) -> None:
     ]
     assert code == 0
     client.call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("holder", "line"),
+    [
+        ("me", "writes statuses: holds the Lease ns/l"),
+        ("other", "does not write statuses: other holds the Lease ns/l"),
+        ("", "does not write statuses: nobody is known to hold the Lease ns/l"),
+    ],
+)
+async def test_who_writes_statuses_is_shown(running: Running, holder: str, line: str) -> None:
+    """One line of the summary, for a server that may; the same as JSON in the page."""
+    await served(running)
+    client = Client(Configuration(host="http://127.0.0.1:1"))
+    writer = StatusWriter(client, {}, WriterOptions(("ns", "l"), "me", ("a.io/b",)), Metrics())
+    if holder == "me":
+        writer.lease._elector.found(None, 0.0)
+        step = writer.lease._elector.next(clock(), datetime.now(UTC))
+        assert isinstance(step, Write)
+        writer.lease._elector.written(Record("1", step.spec), clock())
+    else:
+        writer.lease._elector.found(Record("1", {"holderIdentity": holder}), clock())
+    pages = debug.pages(running.control, writer)
+    async with serve_status("127.0.0.1", 0, Metrics().registry, lambda: True, pages) as port:
+        _, lines = await status(f"127.0.0.1:{port}")
+        assert lines[3] == line
+        out = io.StringIO()
+        await show.show(f"127.0.0.1:{port}", out, as_json=True)
+        found = json.loads(out.getvalue())["statuses"]
+        assert found == {"lease": "ns/l", "identity": "me", "holder": holder, "writes": holder == "me"}
+    await client.aclose()
 
 
 async def test_groups_are_shown(running: Running) -> None:

@@ -117,7 +117,7 @@ def read_event(line: object, served: Served) -> Event | Failure:
             return Event("BOOKMARK", version)
         case {"type": "ERROR", "object": dict(status)}:
             code = status.get("code")
-            return _of_status(code if isinstance(code, int) else 0, status)
+            return _of_status(code if isinstance(code, int) and 0 < code < 1000 else 0, status)
     return Failure("Protocol", f"no event of {served.name}")
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Set
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import partial
 
 from xds.model import (
@@ -31,7 +31,10 @@ from xds.model import (
 )
 from xds.models import POOL_GROUPS, PoolKey
 
+NO_RULES = PoolModels()
 NO_MODELS: Mapping[PoolKey, PoolModels] = {}
+
+TLS_PROTOCOLS = ("https", "kubernetes.io/wss")  # appProtocols that plaintext can not reach
 
 MAX_ENDPOINTS = 100_000  # of all clusters together, but for the last one's: a pod is in each pool that selects it
 
@@ -48,6 +51,15 @@ def pool_cluster_name(namespace: str, name: str) -> str:
 def service_cluster_name(namespace: str, name: str, port: int) -> str:
     """`service/<namespace>/<name>/<port>`."""
     return f"service/{namespace}/{name}/{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The name of a backend's cluster, how to make it, and its models."""
+
+    name: str
+    build: Callable[[], Cluster]
+    models: PoolModels = NO_RULES
 
 
 class Backends:
@@ -79,9 +91,35 @@ class Backends:
         `connect` and `idle` are the connection timeouts (seconds) a policy gives the route. A cluster is shared by all
         routes that name it: the first one's timeouts hold.
         """
+        found = self._find(backend, route_namespace)
+        if isinstance(found, tuple):
+            return found
+        if found.name not in self.clusters:
+            self.clusters[found.name] = replace(
+                found.build(), models=found.models, connect_timeout=connect, connection_idle_timeout=idle
+            )
+            self._room -= len(self.clusters[found.name].endpoints)
+        return self.clusters[found.name]
+
+    def problem(self, backend: BackendRef, route_namespace: str) -> tuple[str, str] | None:
+        """What `resolve` would say against the backendRef, without a cluster for it."""
+        found = self._find(backend, route_namespace)
+        return found if isinstance(found, tuple) else None
+
+    def pool(self, ref: ObjectRef) -> InferencePool | None:
+        """The pool that a reference to either API group reaches."""
+        is_pool = ref.kind == "InferencePool" and ref.group in POOL_GROUPS
+        return self._pools.get((ref.namespace, ref.name)) if is_pool else None
+
+    def _find(self, backend: BackendRef, route_namespace: str) -> _Found | tuple[str, str]:
+        found = self._look_up(backend, route_namespace)
+        if isinstance(found, _Found) and found.name not in self.clusters and self._room <= 0:
+            message = f"other backends have {MAX_ENDPOINTS} endpoints or more: {backend.ref} is given none"
+            return "TooManyEndpoints", message
+        return found
+
+    def _look_up(self, backend: BackendRef, route_namespace: str) -> _Found | tuple[str, str]:
         ref = backend.ref
-        pods = self._pods[ref.namespace]
-        models = PoolModels()
         source = (GATEWAY, "HTTPRoute", route_namespace)
         if ref.namespace != route_namespace and not is_granted(self._grants, source, ref):
             return (
@@ -89,30 +127,29 @@ class Backends:
                 f"no ReferenceGrant in {ref.namespace} lets HTTPRoutes of {route_namespace} use {ref}",
             )
         if ref.kind == "InferencePool" and ref.group in POOL_GROUPS:
-            pool = self._pools.get((ref.namespace, ref.name))
-            if pool is None:
-                return "BackendNotFound", f"{ref} does not exist"
-            name = pool_cluster_name(ref.namespace, ref.name)
-            build = partial(pool_cluster, name, pool, pods)
-            models = self._models.get((ref.namespace, ref.name), models)
-        elif ref.kind == "Service" and ref.group == CORE:
-            service = self._services.get((ref.namespace, ref.name))
-            if service is None:
-                return "BackendNotFound", f"{ref} does not exist"
-            port = next((p for p in service.ports if p.port == backend.port), None)
-            if port is None:
-                offered = ", ".join(str(p.port) for p in service.ports) or "none"
-                return "BackendNotFound", f"{ref} has no port {backend.port} (its ports: {offered})"
-            name = service_cluster_name(ref.namespace, ref.name, port.port)
-            build = partial(service_cluster, name, service, port, self._slices[ref.namespace, ref.name], pods)
-        else:
+            return self._find_pool(ref)
+        if (ref.group, ref.kind) != (CORE, "Service"):
             return "InvalidKind", f"{ref.kind} of group {ref.group!r} is not a Service or an InferencePool"
-        if name not in self.clusters:
-            if self._room <= 0:
-                return "TooManyEndpoints", f"other backends have {MAX_ENDPOINTS} endpoints or more: {ref} is given none"
-            self.clusters[name] = replace(build(), models=models, connect_timeout=connect, connection_idle_timeout=idle)
-            self._room -= len(self.clusters[name].endpoints)
-        return self.clusters[name]
+        service = self._services.get((ref.namespace, ref.name))
+        if service is None:
+            return "BackendNotFound", f"{ref} does not exist"
+        port = next((p for p in service.ports if p.port == backend.port), None)
+        if port is None:
+            offered = ", ".join(str(p.port) for p in service.ports) or "none"
+            return "BackendNotFound", f"{ref} has no port {backend.port} (its ports: {offered})"
+        if port.app_protocol in TLS_PROTOCOLS:
+            return "UnsupportedProtocol", f"port {port.port} of {ref} is {port.app_protocol}: backends are sent no TLS"
+        name = service_cluster_name(ref.namespace, ref.name, port.port)
+        slices, pods = self._slices[ref.namespace, ref.name], self._pods[ref.namespace]
+        return _Found(name, partial(service_cluster, name, service, port, slices, pods))
+
+    def _find_pool(self, ref: ObjectRef) -> _Found | tuple[str, str]:
+        pool = self.pool(ref)
+        if pool is None:
+            return "BackendNotFound", f"{ref} does not exist"
+        name = pool_cluster_name(ref.namespace, ref.name)
+        models = self._models.get((ref.namespace, ref.name), NO_RULES)
+        return _Found(name, partial(pool_cluster, name, pool, self._pods[ref.namespace]), models)
 
 
 Grants = Set[tuple[tuple[str, str, str], str, tuple[str, str, str]]]  # (source, namespace, target) as in ReferenceGrant

@@ -4,6 +4,7 @@
     readings -> weigh -> reweigh, pool loads -> publish  each scrape interval
     in flight -> pool loads -> publish                  each second, where Envoys report it
     answers -> quarantine -> resolve -> ...             when an Envoy refuses what no check of ours found
+    statuses, rejections -> whoever follows them        after each of these but loads
 
 What an operator watches is logged here: what is served, what is not and why, and every change of a weight.
 """
@@ -19,12 +20,13 @@ from itertools import chain
 
 import structlog
 
+from xds.conditions import after_envoys
 from xds.envoy import Options
 from xds.in_flight import INTERVAL as IN_FLIGHT_INTERVAL
 from xds.in_flight import InFlight
 from xds.loads import pool_load
 from xds.metrics import EndpointCollector, EndpointState, Metrics
-from xds.model import Cluster, Config, Endpoint, Level, Rejection, Topology, authority
+from xds.model import Cluster, Config, Endpoint, Level, Rejection, Status, Topology, authority
 from xds.quarantine import REASON as REFUSED
 from xds.quarantine import Quarantine
 from xds.resolve import CONTROLLER_NAMES, resolve
@@ -77,6 +79,7 @@ class Control:
         self._turn = asyncio.Lock()  # one change at a time
         self._published = asyncio.Event()  # set, and replaced, at each publication
         self._answered = asyncio.Event()  # an Envoy has said what calls for a review
+        self._followers: list[Callable[[Iterable[Status], tuple[Rejection, ...]], None]] = []
         server.follow_answers(self._note)
         metrics.registry.register(EndpointCollector(self.states))
 
@@ -120,6 +123,18 @@ class Control:
             self._report_rejections()
             if self.snapshot is not None and self.quarantine.fall_back(self._made).versions != self.snapshot.versions:
                 self._publish(self._made)
+            self._report_statuses()
+
+    def follow_statuses(self, follow: Callable[[Iterable[Status], tuple[Rejection, ...]], None]) -> None:
+        """Call `follow` with every status and rejection after each change of the objects or of what Envoys say."""
+        self._followers.append(follow)
+
+    def _report_statuses(self) -> None:
+        if not self._followers or self.quarantine.searching:  # what is served may be a trial, not worth a word
+            return
+        statuses = tuple(after_envoys(self.topology.statuses, self.quarantine.refusals()))
+        for follow in self._followers:
+            follow(statuses, self.rejections)
 
     async def configure(self, config: Config) -> None:
         """Serve this Config from now on; a first one without any listener is not served, but waited out."""
@@ -127,7 +142,8 @@ class Control:
             began = time.perf_counter()
             self.config = config
             admitted = self.quarantine.admit(config.http_routes)
-            admissible = replace(config, http_routes=admitted)
+            refused = (*self.quarantine.withheld(), *config.refused)
+            admissible = replace(config, http_routes=admitted, refused=refused)
             topology = await asyncio.to_thread(resolve, admissible, self.controller_names)
             pools = {c.name: c for c in topology.clusters if c.strategy is not None}
             self.pools = {name: pool for name, pool in self.pools.items() if name in pools}
@@ -148,10 +164,11 @@ class Control:
             if self.snapshot is None and not topology.listeners:
                 # An empty directory at the start is a missing mount or a mistake, and would wipe running Envoys.
                 log.warning("configuration empty", objects=len(config.objects), rejections=len(self.rejections))
-                return
-            self._publish(with_loads(snapshot, self.loads))
-            if not self.quarantine.searching:
-                _log_configuration(topology, self.rejections, seconds)
+            else:
+                self._publish(with_loads(snapshot, self.loads))
+                if not self.quarantine.searching:
+                    _log_configuration(topology, self.rejections, seconds)
+            self._report_statuses()
 
     async def follow(self, readings: Mapping[str, Reading]) -> None:
         """One round of weights and pool loads from the last readings, by metrics_url."""

@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 
 from xds.control import Control
 from xds.in_flight import Reported
+from xds.kube_writer import StatusWriter
 from xds.model import Cluster, Endpoint, Rejection, authority
 from xds.snapshot import ENDPOINT, POOL_CONFIG, POOL_LOAD, SECRET, TYPES, Snapshot, label
 from xds.status import Page
@@ -25,14 +26,14 @@ OURS: Mapping[str, type[Any]] = {
 }  # decoded in ms, not in seconds
 
 
-def pages(control: Control) -> dict[str, Page]:
+def pages(control: Control, writer: StatusWriter | None = None) -> dict[str, Page]:
     """Path -> page, for `serve_status`. `/debug/snapshot?type=Cluster&name=...` is one resource, decoded."""
 
     one_at_a_time = asyncio.Lock()
 
     async def snapshot_page(query: Mapping[str, str]) -> object:
         if not query:
-            return describe(control)
+            return describe(control) | _writing(writer)
         # In a thread: 1,000 routes take three seconds, and streams must not wait for that.
         async with one_at_a_time:
             return await asyncio.to_thread(decode, control.snapshot, query.get("type", ""), query.get("name", ""))
@@ -73,6 +74,20 @@ def describe(control: Control) -> dict[str, Any]:
             if cluster.name in control.pools
         ],
         "rejections": [_rejection(each) for each in control.rejections],
+    }
+
+
+def _writing(writer: StatusWriter | None) -> dict[str, Any]:
+    """Whether this replica writes the statuses of Kubernetes objects, where it was asked to."""
+    if writer is None:
+        return {}
+    return {
+        "statuses": {
+            "lease": writer.lease.name,
+            "identity": writer.lease.identity,
+            "holder": writer.lease.holder,
+            "writes": writer.lease.leads(),
+        }
     }
 
 

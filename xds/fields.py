@@ -116,13 +116,17 @@ class Reader:
         """The error to raise where the field `key` cannot be served."""
         return FieldError(self.at(key), message, reason)
 
-    def reject(self, key: str, message: str, reason: str) -> None:
+    def reject(self, key: str, message: str, reason: str) -> Rejection:
         """Note that a part of the object is not served as written."""
-        self.notes.append(Rejection(None, reason, message, self.at(key)))
+        return self._note(Rejection(None, reason, message, self.at(key)))
 
-    def warn(self, key: str, message: str, reason: str) -> None:
+    def warn(self, key: str, message: str, reason: str) -> Rejection:
         """Note that the object is served, with a default or without this field."""
-        self.notes.append(Rejection(None, reason, message, self.at(key), level=Level.WARNING))
+        return self._note(Rejection(None, reason, message, self.at(key), level=Level.WARNING))
+
+    def _note(self, rejection: Rejection) -> Rejection:
+        self.notes.append(rejection)
+        return rejection
 
     def get(self, key: str) -> object:
         """The field as it was decoded, None when missing."""

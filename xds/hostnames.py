@@ -44,7 +44,7 @@ def specificity(hostname: str) -> tuple[bool, int]:
     return (not hostname.startswith("*"), len(hostname))
 
 
-def _wider(hostname: str) -> Iterator[str]:
+def wider(hostname: str) -> Iterator[str]:
     """The hostname and each that covers it, the most specific first."""
     yield hostname
     labels = hostname.removeprefix("*.").split(".")
@@ -69,7 +69,7 @@ class Port:
 
     def owner(self, hostname: str) -> Listener:
         """The most specific listener, which takes the requests for `hostname`; one of them has to cover it."""
-        return next(self._listeners[wide] for wide in _wider(hostname) if wide in self._listeners)
+        return next(self._listeners[wide] for wide in wider(hostname) if wide in self._listeners)
 
     def add(self, attached: Attached, room: Room) -> bool:
         """Attach a rule, if there is room for the routes that adds: its own, and those its hostname inherits."""
@@ -103,7 +103,7 @@ class Port:
             self._covered[wide] += 1
 
     def _served_by(self, hostname: str) -> Iterator[str]:
-        for wide in _wider(hostname):
+        for wide in wider(hostname):
             yield wide
             if wide in self._listeners:
                 return

@@ -34,6 +34,7 @@ from xds.model import (
     ObjectRef,
     Pod,
     ReferenceGrant,
+    Refused,
     Rejection,
     Secret,
     Service,
@@ -44,6 +45,7 @@ MAX_REJECTIONS = 10_000  # told of one configuration: each is a log line when it
 TOO_MANY = Rejection(None, "TooMany", f"there are more than {MAX_REJECTIONS} rejections; the first of them are told")
 
 T = TypeVar("T")
+Told = TypeVar("Told", Rejection, Refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,14 @@ class Index:
 
     objects: Mapping[ObjectRef, Object] = field(default_factory=dict)
     rejections: tuple[Rejection, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     def update(self, reading: Reading) -> Index:
         """The index after a whole new reading."""
         rejections = list(reading.rejections)
         objects: dict[ObjectRef, Object] = {}
         first: dict[ObjectRef, Parsed] = {}
+        refused: list[Refused] = []
         unsure = set(reading.unreadable)
         for document in reading.documents:
             ref = document.ref
@@ -87,12 +91,14 @@ class Index:
                     objects[ref] = served
                 kept = served is not None and document.object is None
                 rejections += map(_kept, document.rejections) if kept else document.rejections
+                if document.refused:
+                    refused.append(_kept(document.refused) if kept else document.refused)
         kept_files = {
             ref: each
             for ref, each in self.objects.items()
             if ref not in first and _is_below(_place(each.meta.source)[0], unsure)
         }
-        return Index(objects | kept_files, tuple(rejections))
+        return Index(objects | kept_files, tuple(rejections), tuple(refused))
 
     def config(self) -> Config:
         """What to serve: every kind oldest first, the rejections by file and line."""
@@ -101,7 +107,7 @@ class Index:
         def of(kind: type[T]) -> tuple[T, ...]:
             return tuple(each for each in ordered if isinstance(each, kind))
 
-        return _config(of, self.rejections)
+        return _config(of, self.rejections, self.refused)
 
 
 class LiveIndex:
@@ -113,6 +119,7 @@ class LiveIndex:
     def __init__(self) -> None:
         self.objects: dict[ObjectRef, Object] = {}
         self._rejections: dict[ObjectRef, tuple[Rejection, ...]] = {}
+        self._refused: dict[ObjectRef, Refused] = {}
         self._ordered: defaultdict[type, list[Object]] = defaultdict(list)
         self._tuples: dict[type, tuple[Object, ...]] = {}
 
@@ -121,11 +128,16 @@ class LiveIndex:
         old, new = self.objects.get(ref), document.object
         kept = new is None and old is not None
         rejections = tuple(map(_kept, document.rejections)) if kept else document.rejections
-        if (kept or new == old) and rejections == self._rejections.get(ref, ()):
+        refused = _kept(document.refused) if kept and document.refused else document.refused
+        told = rejections == self._rejections.get(ref, ()) and refused == self._refused.get(ref)
+        if (kept or new == old) and told:
             return False
-        self._rejections[ref] = rejections
-        if not rejections:
-            del self._rejections[ref]
+        self._rejections.pop(ref, None)
+        self._refused.pop(ref, None)
+        if rejections:
+            self._rejections[ref] = rejections
+        if refused:
+            self._refused[ref] = refused
         if new is not None and new != old:
             self._remove(old)
             self.objects[ref] = new
@@ -137,11 +149,13 @@ class LiveIndex:
         """The object is gone; returns whether the Config is another one by that."""
         old = self.objects.pop(ref, None)
         self._remove(old)
+        self._refused.pop(ref, None)
         return self._rejections.pop(ref, None) is not None or old is not None
 
     def config(self) -> Config:
         """What to serve, as `Index.config` would have it."""
-        return _config(self._of, [each for several in self._rejections.values() for each in several])
+        rejections = [each for several in self._rejections.values() for each in several]
+        return _config(self._of, rejections, self._refused.values())
 
     def _of(self, kind: type[T]) -> tuple[T, ...]:
         if kind not in self._tuples:
@@ -165,7 +179,7 @@ class _Of(Protocol):
     def __call__(self, kind: type[T], /) -> tuple[T, ...]: ...
 
 
-def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
+def _config(of: _Of, rejections: Iterable[Rejection], refused: Iterable[Refused]) -> Config:
     return Config(
         gateway_classes=of(GatewayClass),
         gateways=of(Gateway),
@@ -182,6 +196,7 @@ def _config(of: _Of, rejections: Iterable[Rejection]) -> Config:
         rewrites=of(InferenceModelRewrite),
         objectives=of(InferenceObjective),
         rejections=_first(sorted(rejections, key=_order)),
+        refused=tuple(sorted(refused, key=lambda each: each.object.meta.ref)),
     )
 
 
@@ -193,8 +208,8 @@ def _age_key(each: Object) -> tuple[bool, str, str]:
     return each.meta.age_key
 
 
-def _kept(rejection: Rejection) -> Rejection:
-    return replace(rejection, message=f"{rejection.message}; its last good version is served")
+def _kept(told: Told) -> Told:
+    return replace(told, message=f"{told.message}; its last good version is served")
 
 
 def _place(source: str) -> tuple[str, int]:

@@ -28,6 +28,7 @@ from xds.model import CORE, ENVOY_GATEWAY, Config, ObjectRef
 from xds.parse import KINDS, parse
 from xds.parse_core import TLS_TYPE
 from xds.reflector import NOTHING, Changes, List, Reflector, Wait, Watch
+from xds.status_patch import Live, read_live
 
 PAGE = 250  # objects a page: to read that many pods takes 35 ms, in which no stream is answered
 LIST = 60.0  # seconds for a whole page
@@ -67,7 +68,8 @@ class _Follower:
 class KubernetesSource:
     """An API server as a stream of `Config`s, with the memory of the last good version of each object.
 
-    Mutable, bound to one event loop: `index` is what the last `Config` was made of. `namespaces` () = all.
+    Mutable, bound to one event loop: `index` is what the last `Config` was made of. `namespaces` () = all. `observe`
+    says of which objects more is kept than is served: what their statuses are written from.
     """
 
     def __init__(
@@ -77,9 +79,13 @@ class KubernetesSource:
         namespaces: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        observe: Callable[[ObjectRef], bool] = lambda _: False,
     ) -> None:
         self.client = client
         self.index = LiveIndex()
+        self.live: dict[ObjectRef, Live] = {}  # the objects that are to be observed
+        self._observe = observe
+        self._observers: list[Callable[[ObjectRef], None]] = []
         self._metrics = metrics
         self._clock = clock
         # Another product's kind; what only HTTPS listeners need, and not everybody is shown; and one whose list shows
@@ -120,6 +126,10 @@ class KubernetesSource:
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    def follow_live(self, follow: Callable[[ObjectRef], None]) -> None:
+        """Call `follow` with each object of `live` that has come, changed or gone."""
+        self._observers.append(follow)
 
     def states(self) -> Iterable[ResourceState]:
         """What /metrics says of each resource that is there; of several namespaces the sum, and the worst."""
@@ -276,11 +286,22 @@ class KubernetesSource:
         group, kind = follower.kind
         new = False
         for item in changes.put:
-            new |= self.index.put(ObjectRef(group, kind, *item.key), parse(item.document))
+            ref = ObjectRef(group, kind, *item.key)
+            new |= self.index.put(ref, parse(item.document))
+            if follower.served is not None and self._observe(ref):
+                self.live[ref] = read_live(item, follower.served)
+                self._observed(ref)
         for key in changes.gone:
-            new |= self.index.drop(ObjectRef(group, kind, *key))
+            ref = ObjectRef(group, kind, *key)
+            new |= self.index.drop(ref)
+            if self.live.pop(ref, None):
+                self._observed(ref)
         if new:
             self._changed.set()
+
+    def _observed(self, ref: ObjectRef) -> None:
+        for follow in self._observers:
+            follow(ref)
 
     def _failed(self, follower: _Follower, failure: Failure) -> None:
         follower.reflector.failed(failure, self._clock())

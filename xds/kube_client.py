@@ -27,6 +27,9 @@ from xds.model import authority
 ANSWER = 10.0  # seconds until the head of an answer: an API server in trouble says so sooner
 MAX_BODY = 64 << 20  # bytes: a page of 250 pods has 2 MB
 MAX_REFUSAL = 64 << 10  # bytes
+FIELD_MANAGER = "vllm-xds"  # whose fields metadata.managedFields says they are
+MERGE = "application/merge-patch+json"
+SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DEFAULT_KUBECONFIG = Path("~/.kube/config")
 
 # What the library raises for a kubeconfig that is none: it asserts and subscripts without a look at what it read.
@@ -66,6 +69,14 @@ async def connect(kubeconfig: str = "", context: str = "") -> Client:
         why = " ".join(str(error).split()) if said else "it is not a kubeconfig"
         raise KubeError(f"cannot use the {where}: {why}") from error
     return Client(configuration, loader)
+
+
+def own_namespace() -> str:
+    """The namespace of the pod that this process is in; "" outside a cluster."""
+    try:
+        return SERVICE_ACCOUNT_NAMESPACE.read_text().strip() if os.environ.get("KUBERNETES_SERVICE_HOST") else ""
+    except OSError:
+        return ""
 
 
 def _files(kubeconfig: str) -> str:
@@ -108,6 +119,24 @@ class Client:
             return _fault(error)
         return body if isinstance(body, Failure) or text else _decode(body)
 
+    async def send(
+        self, method: str, path: str, body: object, within: float, content: str = "application/json"
+    ) -> object | Failure:
+        """Write `body`, as JSON of the type `content`; returns the decoded answer, whole `within` so many seconds.
+
+        After a Failure without a status it is not known whether it was written.
+        """
+        try:
+            async with asyncio.timeout(within):
+                response = await self._open(path, {"fieldManager": FIELD_MANAGER}, method, body, content)
+                if isinstance(response, Failure):
+                    return response
+                async with response:
+                    answer = await _read(response, MAX_BODY)
+        except (TimeoutError, aiohttp.ClientError, OSError, ConfigException) as error:
+            return _fault(error)
+        return answer if isinstance(answer, Failure) else _decode(answer)
+
     async def lines(
         self, path: str, query: Mapping[str, object], within: float
     ) -> AsyncGenerator[object | Failure, None]:
@@ -141,18 +170,22 @@ class Client:
                 if line.strip():
                     yield _decode(line)
 
-    async def _open(self, path: str, query: Mapping[str, object]) -> aiohttp.ClientResponse | Failure:
+    async def _open(
+        self, path: str, query: Mapping[str, object], method: str = "GET", body: object = None, content: str = ""
+    ) -> aiohttp.ClientResponse | Failure:
         """The 200 answer, its body unread, or why there is none; the caller bounds the time and catches the faults."""
+        headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
         async with asyncio.timeout(ANSWER):
             response: aiohttp.ClientResponse = await self._api.call_api(
                 path,
-                "GET",
+                method,
                 query_params=list(query.items()),
-                header_params={"Accept": "application/json"},
+                header_params=headers,
+                body=body,
                 auth_settings=["BearerToken"],
                 _preload_content=False,
             )
-        if response.status == 200:
+        if response.status in (200, 201):
             return response
         async with response:
             body = await _read(response, MAX_REFUSAL)

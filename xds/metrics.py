@@ -53,6 +53,21 @@ class Metrics:
             ["resource", "reason"],
             registry=r,
         )
+        self.leader = Gauge("vllm_xds_leader", "Whether this replica writes statuses: it holds the Lease.", registry=r)
+        self.leader_changes = Counter(
+            "vllm_xds_leader_changes",
+            "Times this replica acquired, lost or released the Lease.",
+            ["result"],
+            registry=r,
+        )
+        self.status_writes = Counter(
+            "vllm_xds_status_writes",
+            "Statuses written, or not: conflict, gone, failed.",
+            ["kind", "result"],
+            registry=r,
+        )
+        self.status_pending = Gauge("vllm_xds_status_pending", "Objects whose status is to be looked at.", registry=r)
+        self.events = Counter("vllm_xds_events", "Events written, or not.", ["result"], registry=r)
         # protocol
         self.streams = Gauge("vllm_xds_streams", "Open xDS streams.", ["variant"], registry=r)
         self.requests = Counter(

@@ -21,6 +21,8 @@ INFERENCE_X = "inference.networking.x-k8s.io"
 LLM_D = "llm-d.ai"
 ENVOY_GATEWAY = "gateway.envoyproxy.io"
 
+ROUTE_KINDS = ((GATEWAY, "HTTPRoute"),)  # (group, kind) of the routes that listeners take
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ObjectRef:
@@ -66,6 +68,34 @@ class Rejection:
         return f"{where}{what}{path}{self.message} ({self.reason})"
 
 
+class ConditionType(StrEnum):
+    """The conditions of Gateway API and the inference extension that are written."""
+
+    ACCEPTED = "Accepted"
+    PROGRAMMED = "Programmed"
+    RESOLVED_REFS = "ResolvedRefs"
+    CONFLICTED = "Conflicted"
+    PARTIALLY_INVALID = "PartiallyInvalid"
+    OVERLAPPING_TLS = "OverlappingTLSConfig"
+    READY = "Ready"
+    SUPPORTED_VERSION = "SupportedVersion"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a part of an object is not, and which of its conditions says so; `reason` is one of that condition's."""
+
+    condition: ConditionType
+    reason: str
+    message: str
+
+    @classmethod
+    def of(cls, condition: ConditionType, rejection: Rejection) -> Problem:
+        """The problem a rejection tells of, where both have the reason in common."""
+        path = f"{rejection.field}: " if rejection.field else ""
+        return cls(condition, rejection.reason, f"{path}{rejection.message}")
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """What every object carries. `created` is metadata.creationTimestamp (RFC 3339, sorts as text) or ""."""
@@ -93,19 +123,31 @@ class GatewayClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Requirement:
+    """One of a label selector's matchExpressions; `operator` is In, NotIn, Exists or DoesNotExist."""
+
+    key: str
+    operator: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AllowedRoutes:
-    """spec.listeners[].allowedRoutes. `namespaces_from` is Same, All, Selector or None; `selector` are matchLabels."""
+    """spec.listeners[].allowedRoutes. `namespaces_from` is Same, All, Selector or None; `selector` are matchLabels and
+    `requirements` matchExpressions, which all have to hold."""
 
     namespaces_from: str = "Same"
     selector: Mapping[str, str] = field(default_factory=dict)
     kinds: tuple[tuple[str, str], ...] = ()  # (group, kind); empty = every kind the protocol supports
+    requirements: tuple[Requirement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
     """`hostname` is "" for any, else lower case, possibly `*.example.com`; `protocol` is HTTP or HTTPS.
 
-    `certificates` are Secrets, and `field` the path of their list in the Gateway.
+    `certificates` are Secrets, and `field` the path of their list in the Gateway. With `problems` of its Accepted
+    condition the listener is not served, and `protocol` may be any.
     """
 
     name: str
@@ -115,16 +157,21 @@ class Listener:
     allowed: AllowedRoutes = AllowedRoutes()
     certificates: tuple[ObjectRef, ...] = ()
     field: str = ""
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """`groups` are the Envoys it is for, by node.cluster or node.id; empty = all of them."""
+    """`groups` are the Envoys it is for, by node.cluster or node.id; empty = all of them.
+
+    `addresses` are (IPAddress or Hostname, value) it asks for; empty = those there are.
+    """
 
     meta: Meta
     class_name: str
     listeners: tuple[Listener, ...]
     groups: tuple[str, ...] = ()
+    addresses: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,13 +269,17 @@ class BackendRef:
 
 @dataclass(frozen=True, slots=True)
 class RouteRule:
-    """`timeout` and `backend_timeout` in seconds; None = not given, 0 = no timeout (Gateway API GEP-1742)."""
+    """`timeout` and `backend_timeout` in seconds; None = not given, 0 = no timeout (Gateway API GEP-1742).
+
+    With a `problem` the rule can not be served as written: it has no backends, and its requests are answered with 500.
+    """
 
     matches: tuple[RouteMatch, ...] = (RouteMatch(),)
     filters: Filters = Filters()
     backends: tuple[BackendRef, ...] = ()
     timeout: float | None = None
     backend_timeout: float | None = None
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +487,22 @@ Object = (
 )
 
 
+OfPool = InferenceModel | InferenceModelRewrite | InferenceObjective
+Reporting = GatewayClass | Gateway | HTTPRoute | InferencePool | OfPool  # objects with a status of ours
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The newest version of an object, which is not served: `object` has at least what says whose it is.
+
+    `reason` is that of its Accepted condition, `message` says what is served instead, if anything is.
+    """
+
+    object: Reporting
+    reason: str
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """Every accepted object, by kind and in `Meta.age_key` order, and why the others are not here."""
@@ -455,6 +522,7 @@ class Config:
     rewrites: tuple[InferenceModelRewrite, ...] = ()
     objectives: tuple[InferenceObjective, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
     @property
     def objects(self) -> tuple[Object, ...]:
@@ -659,10 +727,58 @@ class PortListener:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """One condition of a status; `status` is "True", "False" or "Unknown"."""
+
+    type: ConditionType
+    status: str
+    reason: str
+    message: str
+    generation: int  # of the object it was set for
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerStatus:
+    """status.listeners[] of a Gateway; `kinds` are the (group, kind) of routes it takes."""
+
+    name: str
+    kinds: tuple[tuple[str, str], ...]
+    attached: int
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParentStatus:
+    """status.parents[] of an HTTPRoute or InferencePool, written as `controller`."""
+
+    parent: ParentRef
+    controller: str
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is to be written to the status of `ref` as it is at `generation`: each kind has its part of the fields.
+
+    `features` are supportedFeatures of a GatewayClass, `addresses` what a Gateway asks for: which ones it has is known
+    to the writer alone.
+    """
+
+    ref: ObjectRef
+    generation: int
+    conditions: tuple[Condition, ...] = ()
+    listeners: tuple[ListenerStatus, ...] = ()
+    parents: tuple[ParentStatus, ...] = ()
+    features: tuple[str, ...] = ()
+    addresses: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """Everything to be served, sorted: equal Configs give equal Topologies.
 
     `groups` are the groups of Envoys that Gateways name; each has all ports that are for it, whoever else has them too.
+    `statuses` are those of the objects that are ours.
     """
 
     listeners: tuple[PortListener, ...] = ()
@@ -670,6 +786,7 @@ class Topology:
     rejections: tuple[Rejection, ...] = ()
     groups: tuple[str, ...] = ()
     secrets: tuple[Secret, ...] = ()
+    statuses: tuple[Status, ...] = ()
 
 
 # --- loads and weights ------------------------------------------------------------------------------------------------

@@ -26,11 +26,13 @@ from xds.model import (
     Meta,
     Object,
     ObjectRef,
+    Refused,
     Rejection,
 )
 from xds.parse_core import read_endpoint_slice, read_namespace, read_pod, read_secret, read_service
 from xds.parse_gateway import read_gateway, read_gateway_class, read_reference_grant, read_traffic_policy
 from xds.parse_inference import read_model, read_objective, read_pool, read_pool_x, read_rewrite
+from xds.parse_outline import MAX_GENERATION, outline
 from xds.parse_route import read_http_route
 
 MAX_NOTES = 32  # rejections of one object: a route can have thousands of filters that are none of ours
@@ -48,14 +50,16 @@ _TIMESTAMP = Text("an RFC 3339 time in UTC", 64, re.compile(r"[0-9]{4}-[0-9]{2}-
 class Parsed:
     """What one document came to: the object, or why there is none.
 
-    `ref` names the object even if it is rejected. All empty: a kind this product does not read (a Deployment).
-    `source` is where the document was read (`file.yaml:12`), "" for one from the API server.
+    `ref` names the object even if it is rejected; `refused` is then what its status may say. All empty: a kind this
+    product does not read (a Deployment). `source` is where the document was read (`file.yaml:12`), "" for one from the
+    API server.
     """
 
     source: str = ""
     ref: ObjectRef | None = None
     object: Object | None = None
     rejections: tuple[Rejection, ...] = ()
+    refused: Refused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ def parse(document: object, source: str = "", default_namespace: str = "default"
     ref: ObjectRef | None = None
     kind: _Kind | None = None
     parsed: Object | None = None
+    refused: Refused | None = None
     try:
         reader = Reader({} if document is None else document, notes=notes)
         if document is not None:
@@ -106,9 +111,10 @@ def parse(document: object, source: str = "", default_namespace: str = "default"
             parsed = _read(reader, kind, ref, source)
     except FieldError as error:
         notes.append(error.rejection)
+        refused = outline(document, ref, error.rejection) if ref and kind else None
     told = notes if len(notes) <= MAX_NOTES else [*notes[: MAX_NOTES - 1], notes[-1]]  # the last may say why it is none
     rejections = tuple(replace(note, ref=ref, source=source) for note in told)
-    return Parsed(source, ref if kind else None, parsed, rejections)
+    return Parsed(source, ref if kind else None, parsed, rejections, refused)
 
 
 def _identify(reader: Reader, default_namespace: str) -> tuple[ObjectRef | None, _Kind | None]:
@@ -136,7 +142,7 @@ def _read(reader: Reader, kind: _Kind, ref: ObjectRef, source: str) -> Object:
     meta = Meta(
         ref,
         created=metadata.text("creationTimestamp", _TIMESTAMP, ""),
-        generation=metadata.integer("generation", 0, 2**63 - 1, 0),
+        generation=metadata.integer("generation", 0, MAX_GENERATION, 0),
         source=source,
         labels=metadata.texts_by_key("labels", MAX_LABELS, LABEL_VALUE),
         annotations={

@@ -20,7 +20,16 @@ from xds.fields import (
     Text,
     describe,
 )
-from xds.model import Filters, HeaderModifier, PathModifier, RequestRedirect, URLRewrite
+from xds.model import (
+    ConditionType,
+    Filters,
+    HeaderModifier,
+    PathModifier,
+    Problem,
+    Rejection,
+    RequestRedirect,
+    URLRewrite,
+)
 
 # Each type of filter, and the field that holds its settings.
 BACKEND_FILTERS = {
@@ -46,16 +55,16 @@ _NEW_LOCATION = Text(  # for a redirect of the full path: its query replaces tha
 _NOT_SET = CONNECTION_HEADERS | {"content-length"}
 
 
-def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | None:
-    """The filters of a rule or backendRef; None, with a rejection noted, when one of them cannot be served."""
+def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | Problem:
+    """The filters of a rule or backendRef; the first problem, with rejections noted, when they cannot be served."""
     settings: dict[str, Reader] = {}
-    served = True
+    rejected: list[Rejection] = []
     for each in reader.children("filters", 16):
         kind = each.text("type", KIND)
         if kind not in supported:
             each.skip()
-            each.reject("type", f"{describe(kind)} is not supported here; the rule answers 500", "UnsupportedValue")
-            served = False
+            message = f"{describe(kind)} is not supported here; the rule answers 500"
+            rejected.append(each.reject("type", message, "UnsupportedValue"))
             continue
         if kind in settings:
             raise each.error("type", f"expected one {kind} at most")
@@ -71,14 +80,14 @@ def read_filters(reader: Reader, supported: Mapping[str, str]) -> Filters | None
         URLRewrite(_read_hostname(rewrite), _read_path(rewrite, _NEW_PATH)) if rewrite else None,
     )
     if filters.redirect and filters.rewrite:
-        reader.reject("filters", "RequestRedirect beside URLRewrite; the rule answers 500", "IncompatibleFilters")
-        served = False
+        message = "RequestRedirect beside URLRewrite; the rule answers 500"
+        rejected.append(reader.reject("filters", message, "IncompatibleFilters"))
     for modifier in (filters.request_headers, filters.response_headers):
         for name in _unchangeable(modifier) if modifier else ():
             hint = ", URLRewrite can" if name == "host" else ""
-            reader.reject("filters", f"no modifier can change {name}{hint}; the rule answers 500", "UnsupportedValue")
-            served = False
-    return filters if served else None
+            message = f"no modifier can change {name}{hint}; the rule answers 500"
+            rejected.append(reader.reject("filters", message, "UnsupportedValue"))
+    return Problem.of(ConditionType.ACCEPTED, rejected[0]) if rejected else filters
 
 
 def _read_modifier(reader: Reader) -> HeaderModifier:

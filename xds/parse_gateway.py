@@ -8,20 +8,37 @@ from __future__ import annotations
 
 import re
 
-from xds.fields import GROUP, HOSTNAME, KIND, LABEL_VALUE, NAME, NAMESPACE, OBJECT_NAME, Reader, Text, describe
+from xds.fields import (
+    GROUP,
+    HOSTNAME,
+    KIND,
+    LABEL_VALUE,
+    MAP_KEY,
+    NAME,
+    NAMESPACE,
+    OBJECT_NAME,
+    Reader,
+    Text,
+    describe,
+)
 from xds.model import (
     CORE,
     GATEWAY,
+    ROUTE_KINDS,
     AllowedRoutes,
     BackendTrafficPolicy,
+    ConditionType,
     Gateway,
     GatewayClass,
     Listener,
     Meta,
     ObjectRef,
+    Problem,
     ReferenceGrant,
+    Requirement,
 )
 
+PROTOCOLS = ("HTTP", "HTTPS")  # of listeners; their case does not count (Gateway API's ProtocolType)
 MAX_TARGETS = 64  # of one policy; Envoy Gateway sets no limit, a Gateway has as many listeners
 
 NODES_ANNOTATION = "vllm-xds/nodes"  # on a Gateway: node.cluster or node.id of the Envoys it is for
@@ -29,6 +46,7 @@ MAX_NODES = 16  # names in one annotation
 
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,252}")
 _CONTROLLER = Text("a domain/path", 253, re.compile(r"[a-z0-9.-]+/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"))
+_ADDRESS = Text("an address or its type", 253, shortest=0)
 _PROTOCOL = Text("a protocol", 255, re.compile(r"[A-Za-z0-9./-]+"))
 
 
@@ -39,18 +57,29 @@ def read_gateway_class(document: Reader, meta: Meta) -> GatewayClass:
 
 
 def read_gateway(document: Reader, meta: Meta) -> Gateway:
-    """A listener that can not be served as it is written is dropped with a rejection; the others are served."""
+    """A listener that can not be served as it is written has its problems with it; the others are served."""
     spec = document.child("spec")
+    if spec.child("infrastructure").get("parametersRef") is not None:
+        message = "no kind of parameters is supported"
+        raise spec.child("infrastructure").error("parametersRef", message, "InvalidParameters")
     readers = spec.children("listeners", most=64, least=1)
     # Whoever asks for clients' certificates does not want clients without.
     frontend = spec.child("tls").get("frontend") is not None
-    listeners = [listener for reader in readers if (listener := _read_listener(reader, meta, frontend=frontend))]
-    names = [reader.text("name", NAME) for reader in readers]
-    if len(set(names)) < len(names):
+    listeners = tuple(_read_listener(reader, meta, frontend=frontend) for reader in readers)
+    if len({each.name for each in listeners}) < len(listeners):
         raise spec.error("listeners", "expected names that differ")
-    if len({(each.port, each.hostname) for each in listeners}) < len(listeners):
+    if len({(each.port, each.protocol, each.hostname) for each in listeners}) < len(listeners):
         raise spec.error("listeners", "expected combinations of port, protocol and hostname that differ")
-    return Gateway(meta, spec.text("gatewayClassName", OBJECT_NAME), tuple(listeners), _read_groups(document, meta))
+    class_name = spec.text("gatewayClassName", OBJECT_NAME)
+    addresses = tuple(_read_address(each) for each in spec.children("addresses", 16))
+    return Gateway(meta, class_name, listeners, _read_groups(document, meta), addresses)
+
+
+def _read_address(reader: Reader) -> tuple[str, str]:
+    kind = reader.text("type", _ADDRESS, "IPAddress")
+    if kind not in ("IPAddress", "Hostname"):
+        raise reader.error("type", f"expected IPAddress or Hostname, found {describe(kind)}", "UnsupportedAddress")
+    return kind, reader.text("value", _ADDRESS, "")
 
 
 def _read_groups(document: Reader, meta: Meta) -> tuple[str, ...]:
@@ -65,29 +94,32 @@ def _read_groups(document: Reader, meta: Meta) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_listener(reader: Reader, meta: Meta, *, frontend: bool) -> Listener | None:
+def _read_listener(reader: Reader, meta: Meta, *, frontend: bool) -> Listener:
     name = reader.text("name", NAME)
     port = reader.port("port")
     protocol = reader.text("protocol", _PROTOCOL)
-    certificates: tuple[ObjectRef, ...] | None = ()
-    if protocol not in ("HTTP", "HTTPS"):
+    hostname = reader.text("hostname", HOSTNAME, "")
+    if protocol.upper() not in PROTOCOLS:
         reader.skip()
         message = f"expected HTTP or HTTPS, found {describe(protocol)}; listener {name} is not served"
-        reader.reject("protocol", message, "UnsupportedProtocol")
-        return None
+        problem = Problem.of(ConditionType.ACCEPTED, reader.reject("protocol", message, "UnsupportedProtocol"))
+        return Listener(name, port, protocol, hostname, problems=(problem,))
+    protocol = protocol.upper()
+    certificates: tuple[ObjectRef, ...] = ()
+    problems: list[Problem] = []
     if protocol == "HTTPS":
-        certificates = _read_certificates(reader, name, meta.ref.namespace, frontend=frontend)
+        certificates = _read_certificates(reader, name, meta.ref.namespace, problems, frontend=frontend)
     elif reader.get("tls") is not None:
         raise reader.error("tls", "expected no TLS on an HTTP listener")
-    hostname, allowed = reader.text("hostname", HOSTNAME, ""), _read_allowed(reader.child("allowedRoutes"))
-    if certificates is None:
-        return None
+    allowed = _read_allowed(reader.child("allowedRoutes"), problems)
     field = reader.at("tls.certificateRefs") if certificates else ""
-    return Listener(name, port, protocol, hostname, allowed, certificates, field)
+    return Listener(name, port, protocol, hostname, allowed, certificates, field, tuple(problems))
 
 
-def _read_certificates(reader: Reader, name: str, namespace: str, *, frontend: bool) -> tuple[ObjectRef, ...] | None:
-    """The Secrets of an HTTPS listener; None, with a rejection noted, for one that asks for what is not served."""
+def _read_certificates(
+    reader: Reader, name: str, namespace: str, problems: list[Problem], *, frontend: bool
+) -> tuple[ObjectRef, ...]:
+    """The Secrets of an HTTPS listener, with a rejection and a problem for one that asks for what is not served."""
     tls = reader.child("tls")
     tls.skip("options")
     mode = tls.choice("mode", ("Terminate", "Passthrough"), "Terminate")
@@ -101,30 +133,40 @@ def _read_certificates(reader: Reader, name: str, namespace: str, *, frontend: b
         for ref in tls.children("certificateRefs", 64)
     )
     if mode == "Passthrough":
-        tls.reject("mode", f"expected Terminate, found Passthrough; listener {name} is not served", "UnsupportedValue")
-        return None
-    if frontend or tls.get("frontendValidation") is not None:
+        message = f"expected Terminate, found Passthrough; listener {name} is not served"
+        problems.append(Problem.of(ConditionType.ACCEPTED, tls.reject("mode", message, "UnsupportedValue")))
+    elif frontend or tls.get("frontendValidation") is not None:
         message = f"clients' certificates are not validated here; listener {name} is not served"
-        tls.reject("frontendValidation", message, "UnsupportedValue")
-        return None
-    if not refs:
+        rejection = tls.reject("frontendValidation", message, "UnsupportedValue")
+        problems.append(Problem.of(ConditionType.ACCEPTED, rejection))
+    elif not refs:
         message = f"expected at least one Secret; listener {name} is not served"
-        tls.reject("certificateRefs", message, "InvalidCertificateRef")
-        return None
+        rejection = tls.reject("certificateRefs", message, "InvalidCertificateRef")
+        problems.append(Problem.of(ConditionType.RESOLVED_REFS, rejection))
     return refs
 
 
-def _read_allowed(reader: Reader) -> AllowedRoutes:
+def _read_allowed(reader: Reader, problems: list[Problem]) -> AllowedRoutes:
     namespaces = reader.child("namespaces")
     allowed = namespaces.choice("from", ("All", "Selector", "Same", "None"), "Same")
     selector = namespaces.child("selector")
     labels = selector.texts_by_key("matchLabels", 64, LABEL_VALUE)
-    kinds = tuple((kind.text("group", GROUP, GATEWAY), kind.text("kind", KIND)) for kind in reader.children("kinds", 8))
-    if allowed == "Selector" and selector.get("matchExpressions"):
-        # Without its expressions the selector would let more namespaces in than its author wrote.
-        selector.reject("matchExpressions", "not supported; no route is allowed", "UnsupportedValue")
-        allowed = "None"
-    return AllowedRoutes(allowed, labels, kinds)
+    readers = reader.children("kinds", 8)
+    kinds = tuple((kind.text("group", GROUP, GATEWAY), kind.text("kind", KIND)) for kind in readers)
+    for kind, (group, name) in zip(readers, kinds, strict=True):
+        if (group, name) not in ROUTE_KINDS:
+            message = f"expected HTTPRoute, found {describe(name)} of group {describe(group)}; no such route is served"
+            problems.append(Problem.of(ConditionType.RESOLVED_REFS, kind.warn("kind", message, "InvalidRouteKinds")))
+    requirements = tuple(_read_requirement(each) for each in selector.children("matchExpressions", 64))
+    return AllowedRoutes(allowed, labels, kinds, requirements)
+
+
+def _read_requirement(reader: Reader) -> Requirement:
+    operator = reader.choice("operator", ("In", "NotIn", "Exists", "DoesNotExist"))
+    values = reader.texts("values", 64, LABEL_VALUE)
+    if bool(values) != operator.endswith("In"):
+        raise reader.error("values", f"expected {'some' if operator.endswith('In') else 'none'} for {operator}")
+    return Requirement(reader.text("key", MAP_KEY), operator, values)
 
 
 def read_reference_grant(document: Reader, meta: Meta) -> ReferenceGrant:

@@ -91,7 +91,7 @@ def read_model(document: Reader, meta: Meta) -> InferenceModel:
         spec.text("modelName", _MODEL_NAME),
         Criticality(spec.choice("criticality", [each.value for each in Criticality], Criticality.STANDARD.value)),
         _read_targets(spec, "targetModels", "name", _MODEL_NAME, 10),
-        _read_pool_ref(spec, meta, INFERENCE_X),
+        read_pool_ref(spec, meta, INFERENCE_X),
     )
 
 
@@ -107,14 +107,14 @@ def read_rewrite(document: Reader, meta: Meta) -> InferenceModelRewrite:
             models.append(model.text("value", _ANY_MODEL_NAME))
         targets = _read_targets(rule, "targets", "modelRewrite", _ANY_MODEL_NAME, MAX_RULES)
         rules.append(RewriteRule(tuple(models), targets))
-    return InferenceModelRewrite(meta, tuple(rules), _read_pool_ref(spec, meta, INFERENCE))
+    return InferenceModelRewrite(meta, tuple(rules), read_pool_ref(spec, meta, INFERENCE))
 
 
 def read_objective(document: Reader, meta: Meta) -> InferenceObjective:
     """inference.networking.x-k8s.io/v1alpha2 and llm-d.ai/v1alpha2."""
     spec = document.child("spec")
     return InferenceObjective(
-        meta, spec.integer("priority", -(2**31), 2**31 - 1, 0), _read_pool_ref(spec, meta, INFERENCE)
+        meta, spec.integer("priority", -(2**31), 2**31 - 1, 0), read_pool_ref(spec, meta, INFERENCE)
     )
 
 
@@ -126,7 +126,7 @@ def _read_targets(reader: Reader, key: str, name: str, rule: Text, most: int) ->
     return tuple((target.text(name, rule), target.integer("weight", 1, 1_000_000, 1)) for target in targets)
 
 
-def _read_pool_ref(spec: Reader, meta: Meta, group: str) -> ObjectRef:
+def read_pool_ref(spec: Reader, meta: Meta, group: str = INFERENCE) -> ObjectRef:
     """The pool, which is in the object's own namespace; `group` is its default."""
     pool = spec.child("poolRef")
     return ObjectRef(

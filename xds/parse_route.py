@@ -38,6 +38,7 @@ from xds.model import (
     ObjectRef,
     ParentRef,
     PathMatch,
+    Problem,
     RouteMatch,
     RouteRule,
     ValueMatch,
@@ -66,7 +67,7 @@ def read_http_route(document: Reader, meta: Meta) -> HTTPRoute:
     """v1 and v1beta1 alike. A route without rules has one that matches everything and has no backend."""
     spec = document.child("spec")
     namespace = meta.ref.namespace
-    parents = tuple(_read_parent(parent, namespace) for parent in spec.children("parentRefs", 32))
+    parents = read_parents(document, namespace)
     hostnames = spec.texts("hostnames", 16, HOSTNAME)
     rules: tuple[RouteRule, ...] = (RouteRule(),)
     if spec.get("rules") is not None:
@@ -74,6 +75,11 @@ def read_http_route(document: Reader, meta: Meta) -> HTTPRoute:
     if sum(len(rule.matches) for rule in rules) > MAX_MATCHES:
         raise spec.error("rules", f"expected at most {MAX_MATCHES} matches in all rules")
     return HTTPRoute(meta, parents, hostnames, rules)
+
+
+def read_parents(document: Reader, namespace: str) -> tuple[ParentRef, ...]:
+    """spec.parentRefs."""
+    return tuple(_read_parent(parent, namespace) for parent in document.child("spec").children("parentRefs", 32))
 
 
 def _read_parent(reader: Reader, namespace: str) -> ParentRef:
@@ -92,14 +98,16 @@ def _read_rule(reader: Reader, namespace: str) -> RouteRule:
     filters = read_filters(reader, RULE_FILTERS)
     backends = [_read_backend(backend, namespace) for backend in reader.children("backendRefs", 16)]
     timeout, backend_timeout = _read_timeouts(reader.child("timeouts"))
-    if filters is None or None in backends:
-        return RouteRule(matches)
+    problem = next((each for each in (filters, *backends) if isinstance(each, Problem)), None)
+    if problem or isinstance(filters, Problem):
+        return RouteRule(matches, problem=problem)
     if filters.redirect and backends:
         raise reader.error("backendRefs", "expected no backendRefs beside a RequestRedirect filter")
     paths = [part.path for part in (filters.redirect, filters.rewrite) if part and part.path]
     if any(not path.full for path in paths) and [match.path.type for match in matches] != [MatchType.PREFIX]:
         raise reader.error("filters", "expected exactly one match, of type PathPrefix, for ReplacePrefixMatch")
-    return RouteRule(matches, filters, tuple(filter(None, backends)), timeout, backend_timeout)
+    refs = tuple(each for each in backends if isinstance(each, BackendRef))
+    return RouteRule(matches, filters, refs, timeout, backend_timeout)
 
 
 def _read_timeouts(reader: Reader) -> tuple[float | None, float | None]:
@@ -109,7 +117,7 @@ def _read_timeouts(reader: Reader) -> tuple[float | None, float | None]:
     return request, backend
 
 
-def _read_backend(reader: Reader, namespace: str) -> BackendRef | None:
+def _read_backend(reader: Reader, namespace: str) -> BackendRef | Problem:
     ref = ObjectRef(
         reader.text("group", GROUP, CORE),
         reader.text("kind", KIND, "Service"),
@@ -120,7 +128,7 @@ def _read_backend(reader: Reader, namespace: str) -> BackendRef | None:
     port = reader.port("port", None if is_service else 0)
     weight = reader.integer("weight", 0, 1_000_000, 1)
     filters = read_filters(reader, BACKEND_FILTERS)
-    return None if filters is None else BackendRef(ref, reader.path, port, weight, filters)
+    return filters if isinstance(filters, Problem) else BackendRef(ref, reader.path, port, weight, filters)
 
 
 # --- matches --------------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ Two things then keep the damage to one object:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 
 from xds.envoy import listener_name, route_tables, secret_name
-from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Rejection, Route, Topology, VirtualHost
+from xds.model import GATEWAY, HTTPRoute, ObjectRef, PortListener, Refused, Rejection, Route, Topology, VirtualHost
 from xds.routes import route_configuration
 from xds.snapshot import CLUSTER, LISTENER, ROUTE, SECRET, Resource, Snapshot, label
 
@@ -149,14 +149,24 @@ class Quarantine:
 
     def rejections(self) -> tuple[Rejection, ...]:
         """Of the HTTPRoutes that are withheld, and of the objects whose resource is refused as it is now."""
-        found = [each.rejection for each in self._withheld.values()]
+        return (*(each.rejection for each in self._withheld.values()), *self._resources())
+
+    def withheld(self) -> tuple[Refused, ...]:
+        """The same HTTPRoutes, for their statuses."""
+        return tuple(Refused(each.refused, REASON, each.rejection.message) for each in self._withheld.values())
+
+    def refusals(self) -> Mapping[ObjectRef, str]:
+        """The other objects, and why."""
+        return {each.ref: each.message for each in self._resources() if each.ref is not None}
+
+    def _resources(self) -> Iterator[Rejection]:
         for key in self._verdicts:
             reason = self._refusal(key)
             if reason and (key[0] != ROUTE or (key[1], self._version(*key)) in self._unsolved):
                 message = f"Envoy refuses {label(key[0])} {key[1]}: {reason}"
                 owners: tuple[ObjectRef | None, ...] = self._owners.get(key) or (None,)
-                found += [Rejection(owner, REASON, message) for owner in owners]
-        return tuple(found)
+                for owner in owners:
+                    yield Rejection(owner, REASON, message)
 
     # --- what Envoys say ---
 

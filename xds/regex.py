@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 
+SHOWN = 20  # characters of a repetition
 MAX_NESTED = 100  # groups in one another: Python's parser recurses, and has less of its stack left under a deep caller
 MAX_REPEAT = 1000  # RE2's limit, for one repetition and for the product of nested ones
 # RE2's instructions at most, with every repetition written out. Its 8 MiB hold 350,000 of them, which take Envoy's main
@@ -55,7 +56,7 @@ def problem(pattern: str) -> str:
             extra, nested = size * (times - 1) + times, nested * times
             size += extra
             if nested > MAX_REPEAT:
-                return f"RE2 repeats at most {MAX_REPEAT} times, {token[0]} makes it {nested}"
+                return f"RE2 repeats at most {MAX_REPEAT} times, {token[0][:SHOWN]} makes it more"
         elif token["open"]:
             groups.append((2, 1))
             if len(groups) > MAX_NESTED + 1:

@@ -1,11 +1,11 @@
 """Config -> Topology: Gateway API's rules of attachment, precedence and failure (pure).
 
     Gateways  -> groups of Envoys            (the annotation vllm-xds/nodes; what follows is done for each group)
-    Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname)
-    Secrets   -> certificates of HTTPS listeners
-    HTTPRoutes -> attach to listeners        (sectionName, port, allowedRoutes, hostname intersection)
+    Gateways  -> ports and their hostnames   (same port: listeners merge, told apart by hostname; xds/attach.py)
+    HTTPRoutes -> attach to listeners        (xds/attach.py)
     matches   -> order within a virtual host (Gateway API precedence)
     backends  -> clusters and their endpoints (xds/backends.py)
+    all of it -> statuses                    (xds/conditions.py)
 
 What can not be served as written becomes a Rejection and, where the API says so, an answer: 500 for an invalid
 backendRef, 404 for no match. https://gateway-api.sigs.k8s.io/reference/spec/#httproute
@@ -16,32 +16,38 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from xds.backends import Backends, granted, is_granted
+from xds.attach import (
+    Attachment,
+    Certificates,
+    Findings,
+    ListenerKey,
+    Owned,
+    attachments,
+    distinct_listeners,
+    key_of,
+    our_gateways,
+    overlapping,
+)
+from xds.backends import Backends
+from xds.conditions import statuses
 from xds.hostnames import ANY_HOST, Attached, Port, Room, covers, specificity
-from xds.index import MAX_REJECTIONS, TOO_MANY
 from xds.model import (
-    CORE,
-    GATEWAY,
     BackendTrafficPolicy,
     Cluster,
+    ConditionType,
     Config,
     Filters,
     Forward,
     Gateway,
-    HTTPRoute,
-    Level,
     Listener,
     MatchType,
-    Namespace,
     ObjectRef,
-    ParentRef,
     PortListener,
-    Rejection,
+    Problem,
     RequestRedirect,
     Respond,
     Route,
     RouteMatch,
-    Secret,
     Strategy,
     TlsChain,
     Topology,
@@ -58,46 +64,39 @@ MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each 
 MAX_ROUTES = 50_000
 
 
-class _Rejections:
-    """Each once, in the order they were found, up to a bound (mutable)."""
-
-    def __init__(self, rejections: Iterable[Rejection]) -> None:
-        self._found: dict[Rejection, None] = {}
-        for rejection in rejections:
-            self.append(rejection)
-
-    def append(self, rejection: Rejection) -> None:
-        if len(self._found) < MAX_REJECTIONS:
-            self._found[rejection] = None
-        elif rejection not in self._found:
-            self._found[TOO_MANY] = None
-
-    def all(self) -> tuple[Rejection, ...]:
-        return tuple(self._found)
-
-
 def resolve(config: Config, controller_names: Iterable[str] = CONTROLLER_NAMES) -> Topology:
-    """What Envoy shall do for this Config, with every reason why a part of it is not done."""
+    """What Envoy shall do for this Config, every reason why a part of it is not done, and what statuses say of it."""
+    controllers = frozenset(controller_names)
     models, conflicts = pool_models(config)
-    rejections = _Rejections(conflicts)
-    gateways = list(_our_gateways(config, frozenset(controller_names), rejections))
-    groups = _groups(gateways, rejections)
+    findings = Findings()
+    for conflict in conflicts:
+        findings.note(conflict)
+    gateways = list(our_gateways(config, controllers, findings))
+    groups = _groups(gateways, findings)
+    attached = attachments(config, gateways, findings)
     backends = Backends(config, models)
-    actions = _Actions(config, backends, rejections)
-    certificates = _Certificates(config, rejections)
+    actions = _Actions(config, backends, findings)
+    certificates = Certificates(config, findings)
     room = Room(MAX_ROUTES)
     listeners: list[PortListener] = []
     for group in ("", *groups):
         members = [gateway for gateway in gateways if not gateway.groups or group in gateway.groups]
-        listeners += _ports(group, members, config, actions, certificates, rejections, room)
+        listeners += _ports(group, members, attached, actions, certificates, findings, room)
     clusters = tuple(backends.clusters[name] for name in sorted(backends.clusters))
-    return Topology(tuple(listeners), clusters, rejections.all(), groups, certificates.used())
+    return Topology(
+        tuple(listeners),
+        clusters,
+        tuple(findings.rejections),
+        groups,
+        certificates.used(),
+        statuses(config, controllers, gateways, attached, backends, findings, conflicts),
+    )
 
 
 # --- gateways and listeners -------------------------------------------------------------------------------------------
 
 
-def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]:
+def _groups(gateways: list[Gateway], findings: Findings) -> tuple[str, ...]:
     """The groups of Envoys that Gateways name; each costs a resolution of its own, so there is a bound."""
     names = sorted({name for gateway in gateways for name in gateway.groups})
     beyond = set(names[MAX_GROUPS:])
@@ -105,70 +104,87 @@ def _groups(gateways: list[Gateway], rejections: _Rejections) -> tuple[str, ...]
         for name in gateway.groups:
             if name in beyond:
                 message = f"there are more than {MAX_GROUPS} groups of Envoys: {name} is not served"
-                rejections.append(_about(gateway, "TooManyGroups", message, "metadata.annotations"))
+                rejection = findings.reject(gateway, "TooManyGroups", message, "metadata.annotations")
+                problem = Problem.of(ConditionType.PROGRAMMED, rejection)
+                findings.gateways.setdefault(gateway.meta.ref, []).append(problem)
     return tuple(names[:MAX_GROUPS])
 
 
 def _ports(
     group: str,
     gateways: list[Gateway],
-    config: Config,
+    attachments: list[Attachment],
     actions: _Actions,
-    certificates: _Certificates,
-    rejections: _Rejections,
+    certificates: Certificates,
+    findings: Findings,
     room: Room,
 ) -> Iterator[PortListener]:
     """The ports of one group of Envoys. An HTTPS listener without any valid certificate is none."""
-    by_gateway: defaultdict[ObjectRef, list[tuple[Gateway, Listener]]] = defaultdict(list)
-    by_port: defaultdict[int, list[tuple[Gateway, Listener]]] = defaultdict(list)
-    for gateway, listener in _distinct_listeners(gateways, rejections):
-        here = by_port[listener.port]
-        if listener.protocol == "HTTP" or (
-            certificates.of(gateway, listener) and _has_room(gateway, listener, here, rejections, room)
-        ):
-            by_gateway[gateway.meta.ref].append((gateway, listener))
-            here.append((gateway, listener))
+    by_port: defaultdict[int, list[Owned]] = defaultdict(list)
+    served: set[ListenerKey] = set()
+    for pair in distinct_listeners(gateways, findings):
+        here = by_port[pair[1].port]
+        if pair[1].protocol == "HTTP" or (certificates.of(pair) and _has_room(pair, here, findings, room)):
+            here.append(pair)
+            served.add(key_of(pair))
+    findings.served |= served
     ports = {number: Port(listener for _, listener in here) for number, here in sorted(by_port.items()) if here}
-    known = {gateway.meta.ref for gateway in config.gateways}
-    namespaces = {namespace.meta.ref.name: namespace for namespace in config.namespaces}
-    for route in config.http_routes:  # the oldest first, so that of too many the newest are left out
-        for each in _attach(route, by_gateway, ports, known, namespaces, rejections):
-            if not ports[each.listener.port].add(each, room):
-                message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
-                rejections.append(_about(each.route, "TooManyRoutes", message, f"spec.rules[{each.index}]"))
+    for attachment in attachments:  # the oldest routes first, so that of too many the newest are left out
+        for listener, hosts in attachment.listeners:
+            if (attachment.gateway.meta.ref, listener.name) in served:
+                _fill(ports[listener.port], attachment, listener, hosts, findings, room)
     for number, port in ports.items():
         owners = tuple({gateway.meta.ref: None for gateway, _ in by_port[number]})
-        hosts = {host.hostname: host for host in _virtual_hosts(port, actions)}
+        virtual_hosts = {host.hostname: host for host in _virtual_hosts(port, actions)}
         if by_port[number][0][1].protocol == "HTTP":
-            yield PortListener(number, tuple(hosts.values()), group, owners)
+            yield PortListener(number, tuple(virtual_hosts.values()), group, owners)
         else:
-            chains = [_chain(pair, by_port[number], port, hosts, certificates) for pair in by_port[number]]
+            _note_overlaps(by_port[number], findings)
+            chains = [_chain(pair, by_port[number], port, virtual_hosts, certificates) for pair in by_port[number]]
             yield PortListener(number, (), group, owners, tuple(sorted(chains, key=lambda chain: chain.hostname)))
 
 
-def _has_room(
-    gateway: Gateway,
-    listener: Listener,
-    of_port: list[tuple[Gateway, Listener]],
-    rejections: _Rejections,
-    room: Room,
-) -> bool:
+def _has_room(pair: Owned, of_port: list[Owned], findings: Findings, room: Room) -> bool:
     """Whether there is room for what an HTTPS listener and the port's other ones answer to each other's hostnames."""
+    gateway, listener = pair
     answers = 2 * len(of_port)
     if answers > room.routes:
         message = f"there are more than {MAX_ROUTES} routes with those of its port: {listener.name} is not served"
-        rejections.append(_about(gateway, "TooManyRoutes", message, "spec.listeners"))
+        rejection = findings.reject(gateway, "TooManyRoutes", message, "spec.listeners")
+        findings.blame(pair, Problem.of(ConditionType.PROGRAMMED, rejection))
         return False
     room.routes -= answers
     return True
 
 
+def _fill(
+    port: Port, attachment: Attachment, listener: Listener, hosts: Iterable[str], findings: Findings, room: Room
+) -> None:
+    """The rules that a listener gets. Listener isolation: a hostname belongs to the most specific one of its port."""
+    route = attachment.route
+    for host in hosts:
+        if port.owner(host) is not listener:
+            continue
+        for index, rule in enumerate(route.rules):
+            if not port.add(Attached(host, listener, attachment.gateway, route, rule, index), room):
+                message = f"there are more than {MAX_ROUTES} routes, hostnames times matches: this rule is not served"
+                rejection = findings.reject(route, "TooManyRoutes", message, f"spec.rules[{index}]")
+                findings.dropped.setdefault(route.meta.ref, Problem.of(ConditionType.PARTIALLY_INVALID, rejection))
+
+
+def _note_overlaps(owned: list[Owned], findings: Findings) -> None:
+    """A client may use a connection that it has for one hostname for another: GEP-3567 wants it to be seen."""
+    for pair, (gateway, other) in overlapping(owned):
+        message = f"its hostname overlaps with that of {gateway.meta.ref} listener {other.name}"
+        findings.blame(pair, Problem(ConditionType.OVERLAPPING_TLS, "OverlappingHostnames", message))
+
+
 def _chain(
-    pair: tuple[Gateway, Listener],
-    of_port: list[tuple[Gateway, Listener]],
+    pair: Owned,
+    of_port: list[Owned],
     port: Port,
     of_all: Mapping[str, VirtualHost],
-    certificates: _Certificates,
+    certificates: Certificates,
 ) -> TlsChain:
     """What an HTTPS listener serves to those who ask for its name by SNI: its own hosts.
 
@@ -182,155 +198,7 @@ def _chain(
         if other is not listener and hostname not in hosts and not covers(hostname, listener.hostname or ANY_HOST):
             hosts[hostname] = VirtualHost(hostname, (Route("misdirected", RouteMatch(), Respond(421)),))
     ordered = tuple(hosts[hostname] for hostname in sorted(hosts))
-    return TlsChain(listener.hostname or ANY_HOST, certificates.of(*pair), ordered)
-
-
-def _our_gateways(config: Config, controllers: frozenset[str], rejections: _Rejections) -> Iterator[Gateway]:
-    classes = {c.meta.ref.name: c.controller_name for c in config.gateway_classes}
-    for gateway in config.gateways:
-        controller = classes.get(gateway.class_name)
-        if controller in controllers:
-            yield gateway
-        elif controller is None:
-            message = f"GatewayClass {gateway.class_name} does not exist"
-            rejections.append(_about(gateway, "GatewayClassNotFound", message, "spec.gatewayClassName"))
-        else:
-            message = f"GatewayClass {gateway.class_name} belongs to the controller {controller}: left to it"
-            rejections.append(_about(gateway, "OtherController", message, "spec.gatewayClassName", Level.WARNING))
-
-
-def _distinct_listeners(gateways: list[Gateway], rejections: _Rejections) -> Iterator[tuple[Gateway, Listener]]:
-    """Listeners in order of age; one that repeats an older one's port and hostname (HostnameConflict), or asks for
-    another protocol there (ProtocolConflict), is left out."""
-    taken: dict[tuple[int, str], str] = {}
-    protocols: dict[int, str] = {}
-    for gateway in gateways:
-        for i, listener in enumerate(gateway.listeners):
-            name = f"{gateway.meta.ref} listener {listener.name}"
-            protocol = protocols.setdefault(listener.port, listener.protocol)
-            if protocol != listener.protocol:
-                message = f"port {listener.port} is one of {protocol} already"
-                rejections.append(_about(gateway, "ProtocolConflict", message, f"spec.listeners[{i}].protocol"))
-                continue
-            owner = taken.setdefault((listener.port, listener.hostname), name)
-            if owner == name:
-                yield gateway, listener
-            else:
-                host = listener.hostname or "any hostname"
-                message = f"port {listener.port} for {host} is served by {owner} already"
-                rejections.append(_about(gateway, "HostnameConflict", message, f"spec.listeners[{i}]"))
-
-
-class _Certificates:
-    """The Secrets of HTTPS listeners; each listener's are looked for once."""
-
-    def __init__(self, config: Config, rejections: _Rejections) -> None:
-        self._secrets = {secret.meta.ref: secret for secret in config.secrets}
-        self._grants = granted(config)
-        self._rejections = rejections
-        self._found: dict[tuple[ObjectRef, str], tuple[ObjectRef, ...]] = {}
-
-    def of(self, gateway: Gateway, listener: Listener) -> tuple[ObjectRef, ...]:
-        """Those that exist and may be used; for each other one there is a rejection."""
-        key = gateway.meta.ref, listener.name
-        if key not in self._found:
-            self._found[key] = tuple(self._valid(gateway, listener))
-        return self._found[key]
-
-    def _valid(self, gateway: Gateway, listener: Listener) -> Iterator[ObjectRef]:
-        for i, ref in enumerate(listener.certificates):
-            namespace = gateway.meta.ref.namespace
-            reason = "InvalidCertificateRef"
-            if (ref.group, ref.kind) != (CORE, "Secret"):
-                message = f"{ref.kind} of group {ref.group!r} is not a Secret"
-            elif ref.namespace != namespace and not is_granted(self._grants, (GATEWAY, "Gateway", namespace), ref):
-                reason = "RefNotPermitted"
-                message = f"no ReferenceGrant in {ref.namespace} lets Gateways of {namespace} use {ref}"
-            elif ref not in self._secrets:
-                message = f"{ref} does not exist, or is no certificate with its key"
-            else:
-                yield ref
-                continue
-            self._rejections.append(_about(gateway, reason, message, f"{listener.field}[{i}]"))
-
-    def used(self) -> tuple[Secret, ...]:
-        """The Secrets of all listeners that were asked for, sorted."""
-        refs = {ref for found in self._found.values() for ref in found}
-        return tuple(self._secrets[ref] for ref in sorted(refs))
-
-
-# --- routes to listeners ----------------------------------------------------------------------------------------------
-
-
-def _attach(
-    route: HTTPRoute,
-    listeners: Mapping[ObjectRef, list[tuple[Gateway, Listener]]],
-    ports: Mapping[int, Port],
-    known: set[ObjectRef],
-    namespaces: Mapping[str, Namespace],
-    rejections: _Rejections,
-) -> Iterator[Attached]:
-    """`listeners` by Gateway; `known` are all Gateways, of other controllers and groups too; `namespaces` by name."""
-    for i, parent in enumerate(route.parents):
-        where = f"spec.parentRefs[{i}]"
-        is_gateway = (parent.ref.group, parent.ref.kind) == (GATEWAY, "Gateway")
-        if not is_gateway or (parent.ref in known and parent.ref not in listeners):
-            continue  # another controller's, or rejected as a Gateway already
-        if parent.ref not in known:
-            rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} does not exist", where))
-            continue
-        named = [pair for pair in listeners[parent.ref] if _named(parent, pair[1])]
-        allowed = [pair for pair in named if _allows(pair[0], pair[1], route, namespaces)]
-        reached = [(pair, host) for pair in allowed for host in _hostnames(pair[1], route)]
-        if not named:
-            section = f" listener {parent.section}" if parent.section else ""
-            port = f" port {parent.port}" if parent.port else ""
-            rejections.append(_about(route, "NoMatchingParent", f"{parent.ref} has no{section}{port}", where))
-        elif not allowed:
-            message = f"allowedRoutes of {parent.ref} admit no HTTPRoute of namespace {route.meta.ref.namespace}"
-            rejections.append(_about(route, "NotAllowedByListeners", message, where))
-        elif not reached:
-            message = f"no hostname of the route ({', '.join(route.hostnames)}) is one of {parent.ref}'s listeners"
-            rejections.append(_about(route, "NoMatchingListenerHostname", message, "spec.hostnames"))
-        for (gateway, listener), host in reached:
-            # Listener isolation: a hostname belongs to the most specific listener of its port, and to that alone.
-            if ports[listener.port].owner(host) is listener:
-                for index, rule in enumerate(route.rules):
-                    yield Attached(host, listener, gateway, route, rule, index)
-
-
-def _named(parent: ParentRef, listener: Listener) -> bool:
-    return parent.section in ("", listener.name) and parent.port in (0, listener.port)
-
-
-def _allows(gateway: Gateway, listener: Listener, route: HTTPRoute, namespaces: Mapping[str, Namespace]) -> bool:
-    allowed = listener.allowed
-    kind = (route.meta.ref.group, route.meta.ref.kind)
-    if allowed.kinds and kind not in allowed.kinds:
-        return False
-    namespace = route.meta.ref.namespace
-    match allowed.namespaces_from:
-        case "All":
-            return True
-        case "Same":
-            return namespace == gateway.meta.ref.namespace
-        case "Selector":
-            labels = namespaces[namespace].meta.labels if namespace in namespaces else {}
-            name = {"kubernetes.io/metadata.name": namespace}  # a label that every namespace has, told or not
-            return bool(allowed.selector) and allowed.selector.items() <= {**labels, **name}.items()
-        case _:
-            return False
-
-
-def _hostnames(listener: Listener, route: HTTPRoute) -> Iterator[str]:
-    """The intersection of the listener's hostname with the route's, each as specific as both."""
-    if not route.hostnames:
-        yield listener.hostname or ANY_HOST
-    for hostname in route.hostnames:
-        if not listener.hostname or covers(listener.hostname, hostname):
-            yield hostname
-        elif covers(hostname, listener.hostname):
-            yield listener.hostname
+    return TlsChain(listener.hostname or ANY_HOST, certificates.of(pair), ordered)
 
 
 # --- virtual hosts and precedence -------------------------------------------------------------------------------------
@@ -388,9 +256,9 @@ def _precedence(host: tuple[bool, int], attached: Attached, match: RouteMatch, i
 class _Actions:
     """What a rule does with a request; each rule is decided once for each listener it is attached to."""
 
-    def __init__(self, config: Config, backends: Backends, rejections: _Rejections) -> None:
+    def __init__(self, config: Config, backends: Backends, findings: Findings) -> None:
         self._backends = backends
-        self._rejections = rejections
+        self._findings = findings
         self._policies: dict[tuple[ObjectRef, str], BackendTrafficPolicy] = {}
         for policy in config.traffic_policies:  # oldest first, and the oldest wins
             for target in policy.targets:
@@ -445,13 +313,9 @@ class _Actions:
                 yield found.name, backend.weight, backend.filters
             else:
                 reason, message = found
-                self._rejections.append(_about(attached.route, reason, message, backend.field))
+                self._findings.reject(attached.route, reason, message, backend.field)
                 yield "", backend.weight, backend.filters
 
 
 def _first(values: Iterable[float | None]) -> float | None:
     return next((value for value in values if value is not None), None)
-
-
-def _about(owner: Gateway | HTTPRoute, reason: str, message: str, field: str, level: Level = Level.ERROR) -> Rejection:
-    return Rejection(owner.meta.ref, reason, message, field, owner.meta.source, level)

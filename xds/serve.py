@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import re
 import resource
 import signal
+import socket
 import sys
+import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain
@@ -24,13 +27,17 @@ from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
 from xds.exchange import Exchange
 from xds.kube import KubernetesSource
-from xds.kube_client import KubeError, connect
+from xds.kube_client import KubeError, connect, own_namespace
+from xds.kube_writer import Options as WriterOptions
+from xds.kube_writer import StatusWriter, observes
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
+from xds.model import CORE, ObjectRef
 from xds.resolve import CONTROLLER_NAMES
 from xds.scrape import INTERVAL, Scraper
 from xds.server import ManagementServer
 from xds.status import DEFAULT_ADDRESS, serve_status
+from xds.status_patch import read_address
 
 EPILOG = """\
 The objects are Gateway API's and the inference extension's: GatewayClass, Gateway, HTTPRoute, InferencePool,
@@ -43,9 +50,18 @@ seconds, and one bad object leaves the others served.
 --kubernetes: the API server's, in every version it serves; a CRD that is not installed is waited for. The credentials
 are those of the first there is: --kubeconfig, $KUBECONFIG, the pod's ServiceAccount, ~/.kube/config. The user needs
 `list` and `watch` on these resources. Nothing is served before all of them are read; from then on an API server that is
-away changes nothing. To try it:  vllm-xds serve --kubernetes --log-format console
+away changes nothing.
+
+In a cluster the objects' statuses are written, by the replica that holds a Lease: the user also needs `patch` on
+gatewayclasses/status, gateways/status, httproutes/status, inferencepools/status, inferencemodels/status,
+inferencemodelrewrites/status and inferenceobjectives/status, `get`, `create` and `patch` on leases, `create` on events
+of events.k8s.io, and may `get` the CustomResourceDefinition gatewayclasses.gateway.networking.k8s.io.
+To try it:  vllm-xds serve --kubernetes --log-format console
 """
 
+LEASE_NAME = "vllm-xds"
+_HOSTNAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_NAMESPACED = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: of 1,000 clients each takes 0.1 s, and finds nothing
 MOST_FILES = 65_536  # three for each client and pod there may be
 
@@ -64,6 +80,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="with --kubernetes: read only this namespace, repeatable (default: every one)",
     )
+    parser.add_argument(
+        "--gateway-address",
+        metavar="ADDRESS",
+        action="append",
+        help="with --kubernetes: an IP address or host name of the Envoys, for the Gateways' status, repeatable",
+    )
+    parser.add_argument(
+        "--gateway-service",
+        metavar="NAMESPACE/NAME",
+        help="with --kubernetes: the Envoys' Service: its load balancer's addresses, or its own, for the same",
+    )
+    parser.add_argument(
+        "--lease",
+        metavar="NAMESPACE/NAME",
+        help="with --kubernetes: the Lease whose holder among the replicas writes statuses "
+        f"(default: {LEASE_NAME} in the namespace of this pod; outside a cluster none, and no status is written)",
+    )
+    parser.add_argument("--no-status", action="store_true", help="with --kubernetes: write no status, Event or Lease")
     parser.add_argument(
         "--listen",
         metavar="HOST:PORT",
@@ -162,9 +196,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
     """What Envoys are told, and the TLS files to serve with. ValueError with a sentence: wrong usage."""
-    for name in ("kubeconfig", "context", "namespace"):
-        if getattr(args, name) and not args.kubernetes:
-            raise ValueError(f"--{name} goes with --kubernetes")
+    _check_kubernetes(args)
     for address in (args.status, *args.listen):
         bootstrap.split_address(address)
     chosen = options(args)
@@ -174,6 +206,23 @@ def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
     for text in (*chosen.pickers, args.picker_tls_sds or ""):
         text.encode()  # what is no UTF-8 can not be sent to an Envoy: UnicodeEncodeError is a ValueError
     return chosen, tls.chosen(args, args.listen)
+
+
+def _check_kubernetes(args: argparse.Namespace) -> None:
+    for name in ("kubeconfig", "context", "namespace", "gateway_address", "gateway_service", "lease", "no_status"):
+        if getattr(args, name) and not args.kubernetes:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --kubernetes")
+    if args.no_status and args.lease:
+        raise ValueError("--lease is for writing statuses, and --no-status for not")
+    for name in ("lease", "gateway_service"):
+        if getattr(args, name) and not _NAMESPACED.fullmatch(getattr(args, name)):
+            raise ValueError(f"--{name.replace('_', '-')}: expected NAMESPACE/NAME, found {getattr(args, name)}")
+    for address in args.gateway_address or ():
+        if read_address(address)[0] == "Hostname" and not _HOSTNAME.fullmatch(address):
+            raise ValueError(f"--gateway-address: expected an IP address or a lower-case host name, found {address}")
+    service = (args.gateway_service or "").partition("/")[0]
+    if args.namespace and service not in ("", *args.namespace):
+        raise ValueError(f"--gateway-service: namespace {service} is not read: add --namespace {service}")
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -197,31 +246,65 @@ async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles 
         in_flight=reports.in_flight,
     )
 
-    async def work() -> None:
-        async with _source(args, metrics) as source, aclosing(source.configs()) as configs:
-            await control.configure(await anext(configs))  # until then no request is answered
-            calm_collector()
-            events.info("server started", config=str(source), listen=args.listen, status=args.status)
-            await control.run(configs)
+    async with _source(args, metrics, control) as (source, writer):
 
-    host, port = bootstrap.split_address(args.status)
-    pages = debug.pages(control)
-    async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
-        await server.start(args.listen, files, [reports.handler(), Exchange(metrics).handler()])
-        try:
-            await until_signal(work())
-            events.info("server stopped")
-        finally:
-            await server.stop(STOP_GRACE)
+        async def work() -> None:
+            async with aclosing(source.configs()) as configs:
+                await control.configure(await anext(configs))  # until then no request is answered
+                calm_collector()
+                events.info("server started", config=str(source), listen=args.listen, status=args.status)
+                async with asyncio.TaskGroup() as group:
+                    if writer is not None:
+                        group.create_task(writer.run(), name="writer")
+                    await control.run(configs)
+
+        host, port = bootstrap.split_address(args.status)
+        pages = debug.pages(control, writer)
+        async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
+            await server.start(args.listen, files, [reports.handler(), Exchange(metrics).handler()])
+            try:
+                await until_signal(work())
+                events.info("server stopped")
+            finally:
+                await server.stop(STOP_GRACE)
+
+
+def writer_options(args: argparse.Namespace) -> WriterOptions | None:
+    """What to write to the API server; None: nothing."""
+    namespace = own_namespace()
+    lease = args.lease or (f"{namespace}/{LEASE_NAME}" if namespace else "")
+    if args.no_status or not lease:
+        return None
+    service = None
+    if args.gateway_service:
+        service = ObjectRef(CORE, "Service", *args.gateway_service.split("/"))
+    return WriterOptions(
+        lease=tuple(lease.split("/")),
+        identity=f"{socket.gethostname()}_{uuid.uuid4()}",
+        controllers=tuple(args.controller_name or CONTROLLER_NAMES),
+        addresses=tuple(map(read_address, args.gateway_address or ())),
+        service=service,
+    )
 
 
 @asynccontextmanager
-async def _source(args: argparse.Namespace, metrics: Metrics) -> AsyncIterator[DirectorySource | KubernetesSource]:
+async def _source(
+    args: argparse.Namespace, metrics: Metrics, control: Control
+) -> AsyncIterator[tuple[DirectorySource | KubernetesSource, StatusWriter | None]]:
+    """Where the objects come from, and what is told of their statuses in return."""
     if not args.kubernetes:
-        yield DirectorySource(args.config)
+        yield DirectorySource(args.config), None
         return
+    options = writer_options(args)
     async with aclosing(await connect(args.kubeconfig or "", args.context or "")) as client:
-        yield KubernetesSource(client, metrics, args.namespace or ())
+        if options is None:
+            yield KubernetesSource(client, metrics, args.namespace or ()), None
+            return
+        source = KubernetesSource(client, metrics, args.namespace or (), observe=observes(options.service))
+        writer = StatusWriter(client, source.live, options, metrics)
+        source.follow_live(writer.observed)
+        control.follow_statuses(writer.follow)
+        yield source, writer
 
 
 def calm_collector() -> None:

@@ -151,7 +151,18 @@ def _summary(address: str, document: dict[str, Any]) -> list[str]:
         f"{states.count('refused')} refused a resource",
         f"{_count(levels.count('error'), 'error')} and {_count(levels.count('warning'), 'warning')} "
         "in the configuration",
+        *_writing(document.get("statuses")),
     ]
+
+
+def _writing(statuses: dict[str, Any] | None) -> list[str]:
+    """A line for a server that may write the statuses of Kubernetes objects."""
+    if statuses is None:
+        return []
+    if statuses["writes"]:
+        return [f"writes statuses: holds the Lease {_clean(statuses['lease'])}"]
+    holder = f"{_clean(statuses['holder'])} holds" if statuses["holder"] else "nobody is known to hold"
+    return [f"does not write statuses: {holder} the Lease {_clean(statuses['lease'])}"]
 
 
 def _ports(ports: list[dict[str, Any]]) -> str:

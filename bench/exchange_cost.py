@@ -22,10 +22,11 @@ from bench.worker_hits import CACHE, PODS, Hearing, run
 from picker.cost import PodLoad, PoolLoad
 from picker.exchange import Inbox, Outbox
 from picker.exchange_client import ExchangeClient
-from picker.memory import Memory
+from picker.memory import PEERS, Memory
 from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from picker.prefix import CHUNK_TOKENS
+from xds.log import configure
 from xds.wire.exchange_pb2 import Hello
 
 CASES = ((1, 100), (2, 100), (4, 100), (4, 1000), (16, 1000))  # pickers, and requests a second of all together
@@ -122,9 +123,15 @@ async def case(pickers: int, rate: float, told: Sequence[Told], seconds: float =
 
 
 async def _hearing(members: Sequence[Member]) -> None:
+    """Until the server is there, and each hears all others."""
+
+    def heard(member: Member) -> bool:
+        joined = member.memory.words[PEERS] > 0
+        return joined and member.memory.peers(time.monotonic())[1] == len(members) - 1
+
     async with asyncio.timeout(READY):
-        while any(member.memory.peers(time.monotonic())[1] != len(members) - 1 for member in members):  # noqa: ASYNC110
-            await asyncio.sleep(STEP)  # other processes change it
+        while not all(map(heard, members)):  # noqa: ASYNC110 - other processes change it
+            await asyncio.sleep(STEP)
 
 
 async def measure(
@@ -149,6 +156,7 @@ async def measure(
 
 
 async def main() -> None:
+    configure("auto", "error")
     show([await measure()])
 
 

@@ -22,7 +22,7 @@ from picker.pick import Picker
 from picker.prefix import MAX_CHUNKS
 from xds.wire import exchange_pb2 as pb
 
-PERIOD = 0.1  # seconds between batches: a tenth of it wins no hits, ten times of it costs few (docs/benchmarks.md)
+PERIOD = 0.1  # seconds between batches: a tenth of it wins nothing (docs/benchmarks.md); a burst is heard of within it
 MAX_BATCH = 60_000  # bytes; the management server takes 65,536
 PLACED = 32  # bytes of a Placed at most, beside its names and prompts
 MAX_PROMPT = (MAX_CHUNKS + 1) * WORD  # bytes: a hint, and the chunks of a prompt

@@ -7,7 +7,9 @@ For a prompt of L tokens with chunk hashes h, each pod p costs
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
 B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are what
-p's last metrics page said plus E times what this picker sent there since, E being the number of independent pickers.
+p's last metrics page said plus E times what is known to have been sent there since, E being the number of pickers over
+the number of those whose sends are known: this one and the ones it hears (picker/exchange.py). What those send is in n,
+kv, B and what p has seen as if this picker had sent it.
 Where Envoys report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there
 before any page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
 
@@ -17,7 +19,7 @@ where every place is taken by running ones. A pod holds what its last report sho
 `max_lora` adapters at most.
 
 What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
-and so are one picker, not several. Which adapters p was sent last is each worker's own.
+and so are one picker, not several. Which adapters p was sent last is each process's own.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -37,7 +39,7 @@ ETA = 0.3  # a request's prefill shares its steps with each one running: more tr
 CN = 100.0  # tokens: what a running request costs the next, however short its prompt
 KAPPA = 2.0  # tokens a token: beyond the KV cache a token preempts another, which is prefilled again
 PRIOR_ALONE = 0.2  # share of U waived on the primary: gathers new prefixes before anything has been seen
-PRIOR_MANY = 0.8  # the same with several pickers: the primary is all they agree on
+PRIOR_MANY = 0.8  # the same where no other picker is heard: the primary is all they agree on; in between, in proportion
 OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
 LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
 PREFILL_RATE = (
@@ -45,6 +47,7 @@ PREFILL_RATE = (
 )
 KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
 STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
+HEARD_BACKLOG = 60.0  # seconds of B that other pickers' sends may come to: what a wrong one can cost ends with it
 # Tokens of prefill an adapter is worth; only their order and size matter, as vLLM says nothing of how long it takes.
 ADAPTER_LOAD = 400.0  # 50 ms at PREFILL_RATE: weights of some 100 MB from the host's memory, while the engine stands
 ADAPTER_WAITS = 1000.0  # others wait for it there: a place is being made, and it will be shared
@@ -119,6 +122,24 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """What a picker has sent to one pod in a while: U of all requests in `uncached`, with their output in `tokens`.
+
+    `prompts` has of each request the chunks that the pod had not been sent, or not lately.
+    """
+
+    pool: str
+    hash_key: str
+    requests: int
+    tokens: int
+    uncached: int
+    prompts: tuple[Sequence[Key], ...]
+
+
+Tell = Callable[[str, str, int, int, Sequence[Key]], None]  # the fields of a Placed of one request
+
+
+@dataclass(frozen=True, slots=True)
 class _Sent:
     """A look at what all workers had sent to a pod: before and after a request of our own."""
 
@@ -178,8 +199,8 @@ class _Pod:
         requests, tokens = between >> TOKEN_BITS, between & TOKENS
         return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
 
-    def busyness(self, pickers: int) -> tuple[float, float]:
-        """n and kv of the module's formula."""
+    def busyness(self, pickers: float) -> tuple[float, float]:
+        """n and kv of the module's formula; `pickers` is E."""
         since = (self.memory.sent - self._base) & WRAP
         n = self._reported_n + pickers * (since >> TOKEN_BITS)
         if self._in_flight is not None:
@@ -233,8 +254,11 @@ class _Pod:
 
     def send(
         self, chunks: Sequence[Key], adapter: str, uncached: float, output: float, now: float, costs: Costs
-    ) -> None:
-        """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
+    ) -> list[Key]:
+        """Note a request that was picked for this pod; `adapter` "" for a model that is none.
+
+        The chunks that were not among the ones it was sent last.
+        """
         memory = self.memory
         memory.busy_until = max(memory.busy_until, now) + uncached / self._leak(costs)
         before = memory.sent
@@ -242,7 +266,16 @@ class _Pod:
         self._looks.append(_Sent(now, before, memory.sent))
         if adapter:
             self._hold(adapter)
-        memory.touch(chunks, now)
+        return memory.touch(chunks, now)
+
+    def hear(self, placed: Placed, now: float, costs: Costs) -> None:
+        """Note what another picker has sent here."""
+        memory = self.memory
+        until = max(memory.busy_until, now) + placed.uncached / self._leak(costs)
+        memory.busy_until = max(memory.busy_until, min(until, now + HEARD_BACKLOG))
+        memory.send(placed.tokens, placed.requests)
+        for chunks in placed.prompts:
+            memory.touch(chunks, now)
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -253,18 +286,23 @@ def _restarted(old: PodLoad, new: PodLoad) -> bool:
 class Pool:
     """One pool's pods. Mutable.
 
-    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included). Pools of one
-    `memory` have different names.
+    `random` gives floats in [0, 1); `pickers` is the number of pickers there are at least, this one included. Pools of
+    one `memory` have different names. Where other pickers are heard, `tell` is told of each pick.
     """
 
     def __init__(
-        self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None, name: str = ""
+        self,
+        random: Callable[[], float],
+        pickers: int = 1,
+        memory: Memory | None = None,
+        name: str = "",
+        tell: Tell | None = None,
     ) -> None:
         self._random = random
         self._memory = memory or Memory()
         self._name = name
         self._pickers = pickers
-        self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
+        self._tell = tell
         self._pods: dict[str, _Pod] = {}
         self._adapters: OrderedDict[str, None] = OrderedDict()  # every name a pod has reported as one
         self.costs = DEFAULT_COSTS
@@ -323,9 +361,14 @@ class Pool:
         hash of the session or cache key the client named, `model` what the pod will be asked for. With `offers` every
         pod's is added there, and nothing is counted.
         """
-        fresh = {name: pod.busyness(self._pickers) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
+        known, heard = self._memory.peers(now)
+        pickers = max(self._pickers, 1 + known)
+        everyone = pickers / (1 + heard)
+        fresh = {name: pod.busyness(everyone) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
         if not fresh:
             return None
+        unheard = pickers - 1 - heard
+        prior = PRIOR_ALONE + (PRIOR_MANY - PRIOR_ALONE) * unheard / (pickers - 1) if unheard else PRIOR_ALONE
         chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
         mean = (sum(n for n, _ in fresh.values()) / len(fresh), 0.0)
         costs = self.costs
@@ -337,7 +380,7 @@ class Pool:
             cached = pod.cached(chunks, by_hint, tokens)
             uncached: float = tokens - cached
             if name == primary:
-                uncached *= 1.0 - self._prior
+                uncached *= 1.0 - prior
             n, kv = fresh.get(name, mean)
             terms = pod.terms(uncached, output, n, kv, now, costs, adapter)
             backlog, prefill, requests, preempted, waits = terms
@@ -351,5 +394,14 @@ class Pool:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
         if offers is None:
-            pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
+            written = pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
+            if heard and self._tell is not None:
+                self._tell(self._name, name, int(uncached + output), int(uncached), written)
         return name
+
+    def hear(self, placed: Placed, now: float) -> bool:
+        """Note what another picker has sent to a pod; False when there is no such pod here."""
+        pod = self._pods.get(placed.hash_key)
+        if pod is not None:
+            pod.hear(placed, now, self.costs)
+        return pod is not None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from picker.cost import DEFAULT_COSTS, Costs, Offer, Pool, PoolLoad
+from picker.cost import DEFAULT_COSTS, Costs, Offer, Placed, Pool, PoolLoad, Tell
 from picker.memory import CHUNKS, Memory
 from picker.models import NO_MODELS, SHED, Models, judge
 from picker.prefix import chunk_hashes, hint_hash
@@ -98,14 +98,22 @@ class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
     Clusters the management server did not name share one set of counts, so nobody can make it grow by inventing names.
-    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1). Workers that
-    share a `memory`, and so what they know of the pods, are one picker.
+    `pickers` is the number of pickers there are at least (this one included), `random` gives floats in [0, 1). Workers
+    that share a `memory`, and so what they know of the pods, are one picker. `tell` is told of each pick by cost, where
+    other pickers are heard; `hear` is for what they tell.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        random: Callable[[], float],
+        pickers: int = 1,
+        memory: Memory | None = None,
+        tell: Tell | None = None,
+    ) -> None:
         self._random = random
         self._pickers = pickers
         self._memory = memory or Memory()
+        self._tell = tell
         self._pools: dict[str, _State] = {}
         self._pods = 0  # in all pools
         self._unknown = HotPrefixes()
@@ -157,8 +165,13 @@ class Picker:
 
     def _state(self, name: str) -> _State:
         if name not in self._pools:
-            self._pools[name] = _State(Pool(self._random, self._pickers, self._memory, name))
+            self._pools[name] = _State(Pool(self._random, self._pickers, self._memory, name, self._tell))
         return self._pools[name]
+
+    def hear(self, placed: Placed, now: float) -> bool:
+        """Note what another picker has sent to a pod; False when there is no such pod here."""
+        state = self._pools.get(placed.pool)
+        return state is not None and state.pool.hear(placed, now)
 
     def pick(
         self,

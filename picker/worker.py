@@ -30,6 +30,8 @@ import structlog
 import uvloop
 from prometheus_client import generate_latest
 
+from picker.exchange import Inbox, Outbox
+from picker.exchange_client import ExchangeClient
 from picker.listen import AddressError
 from picker.loads import LoadsClient, watch
 from picker.memory import SIZE, Memory
@@ -39,6 +41,7 @@ from picker.server import PickerServer
 from xds.log import configure
 from xds.status import Posted
 from xds.tls import TlsError, TlsFiles
+from xds.wire.exchange_pb2 import Hello
 
 GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: a large body is many objects, and none is in a cycle
 # What malloc keeps for the next large body instead of giving it back to the system, which would hand it out again page
@@ -56,11 +59,17 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a picker is told. `tls` are certificate, key and CA; `worker` is its number among several, -1 for none."""
+    """What a picker is told.
+
+    `exchange` are the servers through which it and other pickers hear one another, and `picker` is its number there.
+    `tls` are certificate, key and CA. `worker` is its number among several, -1 for none.
+    """
 
     server: str
     listen: tuple[str, ...]
     pickers: int
+    exchange: tuple[str, ...]
+    picker: int
     tls: tuple[str, str, str] | None
     log_format: str
     log_level: str
@@ -78,7 +87,7 @@ class Settings:
     def decode(cls, line: bytes) -> Settings:
         fields = json.loads(line)
         tls = tuple(fields.pop("tls") or ())
-        return cls(**fields | {"listen": tuple(fields["listen"]), "tls": tls or None})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("listen", "exchange")}, tls=tls or None)
 
 
 # Says that a picker is there, and how it is; yields where.
@@ -92,7 +101,8 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
     """
     keep_memory()
     metrics = PickerMetrics()
-    picker = Picker(random.random, settings.pickers, memory)
+    outbox = Outbox()
+    picker = Picker(random.random, settings.pickers, memory, outbox.tell)
     server = PickerServer(picker, metrics, time.monotonic, settings.files)
     node_id = f"picker-{os.uname().nodename}-{os.getpid()}"
     client = LoadsClient(
@@ -100,6 +110,17 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
         picker,
         metrics,
         node_id=node_id,
+        clock=time.monotonic,
+        random=random.random,
+        tls=settings.files,
+    )
+    exchange = ExchangeClient(
+        settings.exchange,
+        Hello(picker=settings.picker, deaf=settings.worker > 0, node=node_id),  # of several, one listens for all
+        outbox,
+        Inbox(picker),
+        memory,
+        metrics,
         clock=time.monotonic,
         random=random.random,
         tls=settings.files,
@@ -114,6 +135,7 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
                 background = [
                     tasks.create_task(client.run()),
                     tasks.create_task(watch(picker, metrics, time.monotonic)),
+                    tasks.create_task(exchange.run()),
                 ]
                 await asked.wait()
                 asked.clear()

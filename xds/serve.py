@@ -25,6 +25,7 @@ from xds import debug, log, tls
 from xds.control import Control
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
+from xds.exchange import Exchange
 from xds.kube import KubernetesSource
 from xds.kube_client import KubeError, connect, own_namespace
 from xds.kube_writer import Options as WriterOptions
@@ -278,7 +279,7 @@ async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles 
         host, port = bootstrap.split_address(args.status)
         pages, posted = debug.pages(control, writer), debug.posted(control)
         async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages, posted):
-            await server.start(args.listen, files, [reports.handler()])
+            await server.start(args.listen, files, [reports.handler(), Exchange(metrics).handler()])
             try:
                 await until_signal(work())
                 events.info("server stopped")

@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.exchange import Exchange
 from xds.kube import KubernetesSource
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
@@ -151,7 +152,8 @@ class Gateway:
             ),
             in_flight=reports.in_flight,
         )
-        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
+        beside = [reports.handler(), Exchange(self.metrics).handler()]
+        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=beside)
         configs = (self.source or DirectorySource(self.config)).configs()
         self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)

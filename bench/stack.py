@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,10 +27,14 @@ import yaml
 import bootstrap
 from bench.child import end, with_parent
 from bench.envoy import Envoy, EnvoyFailedError, free_port
+from bench.vllm_engine import EngineConfig
+from bench.vllm_server import MODEL
 
 MANIFESTS = Path(__file__).parents[1] / "manifests" / "demo"
 PLAIN, LLM = 8080, 8081  # the Gateway's ports: to the Service, and to the InferencePool
+STRATEGY = "PREFIX_CACHE"  # of the pool in MANIFESTS
 POD_PORT = 8000  # of every pod: the pool's targetPortNumber
+SLOW = 0.5  # of the others' speed: a slow pod
 POD_NAME = "qwen"  # pods are qwen-0, qwen-1, ...
 POD_NETWORKS = tuple(f"127.{second}.0.1" for second in range(1, 10))  # first pod's addresses, the first free is taken
 READY_TIMEOUT = 30.0  # seconds for everything to be ready: some three on an idle machine
@@ -87,9 +93,11 @@ def plan(pods: int) -> Plan:
     return Plan(**chosen, pods=addresses, notes=tuple(notes))
 
 
-def write_manifests(plan: Plan, directory: Path) -> None:
-    """The demo's objects with the plan's ports and pods, in `directory`."""
+def write_manifests(plan: Plan, directory: Path, strategy: str = STRATEGY) -> None:
+    """The demo's objects with the plan's ports and pods and the pool's `strategy`, in `directory`."""
     shutil.copytree(MANIFESTS, directory)
+    pool = directory / "pool.yaml"
+    pool.write_text(pool.read_text().replace(f"routing-strategy: {STRATEGY}\n", f"routing-strategy: {strategy}\n"))
     pod_port = bootstrap.split_address(plan.pods[0])[1]
     for name, setting, usual, port in (
         ("gateway.yaml", "port", PLAIN, bootstrap.split_address(plan.plain)[1]),
@@ -104,6 +112,16 @@ def write_manifests(plan: Plan, directory: Path) -> None:
     pods = [_pod(usual_pods[0], index, address) for index, address in enumerate(plan.pods)]
     if pods != usual_pods:
         path.write_text(yaml.safe_dump_all(pods, sort_keys=False))
+
+
+def fleet_options(config: EngineConfig, pods: int, *, slow: bool) -> list[str]:
+    """The arguments of `python -m bench.vllm_pod` for `pods` of `config`, the last of them slower when `slow`."""
+    speeds = [config.speed] * pods
+    if slow:
+        speeds[-1] *= SLOW
+    given = ((f"--{f.name.replace('_', '-')}", str(getattr(config, f.name))) for f in fields(config))
+    others = (pair for pair in given if pair[0] != "--speed")
+    return ["--speed", ",".join(map(str, speeds)), "--model", MODEL, *chain.from_iterable(others)]
 
 
 def _pod(example: dict[str, Any], index: int, address: str) -> dict[str, Any]:
@@ -194,6 +212,13 @@ class Stack:
         await self.envoy.stop()
         await asyncio.gather(*(child.stop() for child in self.children))
 
+    def check(self) -> None:
+        """Raises StackError when a child has ended."""
+        for child in self.children:
+            if child.status is not None:
+                tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-TAIL:])
+                raise StackError(f"the {child.name} ended with status {child.status}; the end of {child.log}:\n{tail}")
+
     async def _start(self) -> None:
         async with aiohttp.ClientSession() as http:
             for child in self.children:
@@ -210,12 +235,7 @@ class Stack:
     async def _until(self, is_ready: Callable[[], Awaitable[bool]]) -> None:
         """Return when `is_ready` says so; StackError when a child ends before."""
         while not await is_ready():
-            for child in self.children:
-                if child.status is not None:
-                    tail = "\n".join(child.log.read_text(errors="replace").splitlines()[-TAIL:])
-                    raise StackError(
-                        f"the {child.name} ended with status {child.status}; the end of {child.log}:\n{tail}"
-                    )
+            self.check()
             await asyncio.sleep(POLL)
 
     async def _is_healthy(self) -> bool:
@@ -224,6 +244,14 @@ class Stack:
         hosts = [host["health_status"] for cluster in clusters for host in cluster.get("host_statuses", ())]
         expected = 2 * len(self.plan.pods) + 2  # each pod in the pool and in the Service, the picker, the server
         return hosts == [{"eds_health_status": "HEALTHY"}] * expected
+
+
+async def until_signal(work: Coroutine[Any, Any, int]) -> int:
+    """The result of `work`, which SIGINT and SIGTERM cancel."""
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    return await task
 
 
 def _bootstrap_file(plan: Plan, directory: Path) -> Path:

@@ -1,8 +1,9 @@
-"""Whether several workers pick as one: `python -m bench.worker_hits`.
+"""Whether several workers, or several pickers, pick as one: `python -m bench.worker_hits`.
 
 Agents' conversations over a pool of pods that are no more than a prefix cache and a prefill queue; the pickers are the
-product's. Requests go to the workers in turn, as Envoy's round robin sends them. Once the workers share their memory,
-once each has its own and knows how many there are (`--pickers`).
+product's. Requests go to them in turn, as Envoy's round robin sends them. Once they are workers that share their
+memory, once pickers that hear one another, with the product's Outbox, Relay and Inbox between them, once pickers of
+which each only knows how many there are (`--pickers`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import heapq
 import json
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
 from bench.load import percentile
 from bench.report import Table, millis, number, progress, show
-from picker.cost import PodLoad, PoolLoad
-from picker.memory import Memory
+from picker.cost import PodLoad, PoolLoad, Tell
+from picker.exchange import PERIOD, Inbox, Outbox
+from picker.memory import Key, Memory
 from picker.pick import Picker
 from picker.prefix import CHUNK_TOKENS, chunk_hashes
 from picker.prompt import read_prompt
+from xds.relay import Relay
 
 PODS = 8
 CACHE = 1500  # chunks a pod holds: 768k tokens
@@ -36,6 +39,8 @@ SYSTEMS, SYSTEM = 6, 30_000  # system prompts, and bytes of one
 TURN = (500, 6_000)  # bytes a turn adds
 LOAD = 0.8  # share of what the pods could prefill if nine tenths were cached
 REQUESTS = 10_000  # of each of the runs
+ONE, SHARED, HEARD, APART = "picker", "workers", "pickers, exchange", "pickers, no exchange"
+HOW = (SHARED, HEARD, APART)
 SEEDS = range(1, 6)  # runs: their seconds differ by half, their hits do not
 
 
@@ -96,14 +101,64 @@ def bodies(count: int, seed: int) -> Iterator[bytes]:
         yield json.dumps({"model": "m", "messages": agents[index]}).encode()
 
 
-def run(workers: int, *, shared: bool, requests: int = REQUESTS, seed: int = 1) -> tuple[float, list[float]]:
-    """The share of all tokens that were cached, and the sorted seconds to the first token."""
-    rng = random.Random(seed)
+def workers(count: int, seed: int) -> list[Picker]:
+    """That share their memory."""
     memory = Memory()
-    pickers = [
-        Picker(random.Random(seed + index).random, 1 if shared else workers, memory if shared else None)
-        for index in range(workers)
-    ]
+    return [Picker(random.Random(seed + index).random, 1, memory) for index in range(count)]
+
+
+def apart(count: int, seed: int) -> list[Picker]:
+    """Pickers that know how many there are, and nothing else of one another."""
+    return [Picker(random.Random(seed + index).random, count) for index in range(count)]
+
+
+class Hearing:
+    """Pickers that hear one another: what one has sent the others know PERIOD later at most.
+
+    `told` has the arguments of every `Outbox.tell`.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.told: list[tuple[str, str, int, int, Sequence[Key]]] = []
+        self._relay = Relay()
+        self._due = 0.0
+        self._ends = []
+        self.pickers = []
+        for index in range(count):
+            memory, outbox = Memory(), Outbox()
+            picker = Picker(random.Random(seed + index).random, 1, memory, self._telling(outbox))
+            self._ends.append((memory, outbox, self._relay.join(index), Inbox(picker)))
+            self.pickers.append(picker)
+
+    def _telling(self, outbox: Outbox) -> Tell:
+        def tell(pool: str, hash_key: str, tokens: int, uncached: int, chunks: Sequence[Key]) -> None:
+            self.told.append((pool, hash_key, tokens, uncached, chunks))
+            outbox.tell(pool, hash_key, tokens, uncached, chunks)
+
+        return tell
+
+    def until(self, now: float) -> None:
+        """Let all batches be told and heard that are due by now."""
+        while self._due <= now:
+            for _, outbox, member, _ in self._ends:
+                if batch := outbox.take():
+                    self._relay.say(member, batch)
+            for memory, _, member, inbox in self._ends:
+                memory.note_peers(inbox.hear(self._relay.take(member), self._due).others, self._due)
+            self._due += PERIOD
+
+
+def run(
+    pickers: Sequence[Picker],
+    requests: int = REQUESTS,
+    seed: int = 1,
+    until: Callable[[float], None] = lambda _: None,
+) -> tuple[float, list[float]]:
+    """The share of all tokens that were cached, and the sorted seconds to the first token.
+
+    `until` is told the time before each request and each report.
+    """
+    rng = random.Random(seed)
     pods = {f"default/pod-{index}": Pod() for index in range(PODS)}
     rate = 0.0  # set by the first requests' length: the load is a share of what the pods can do
     now, due, total, hit = 0.0, 0.0, 0, 0
@@ -116,6 +171,7 @@ def run(workers: int, *, shared: bool, requests: int = REQUESTS, seed: int = 1) 
         rate = rate + ((tokens / 10) - rate) / min(turn + 1, 500)
         now += rng.expovariate(LOAD * PODS * PREFILL / rate)
         while now >= due:  # a report is of DELAY before it arrives
+            until(due)
             if pending is not None:
                 for picker in pickers:
                     picker.update(pending, due)
@@ -123,7 +179,8 @@ def run(workers: int, *, shared: bool, requests: int = REQUESTS, seed: int = 1) 
             due += DELAY if due % REPORT < DELAY / 2 else REPORT - DELAY
             if due % REPORT < DELAY / 2:
                 pending = None
-        pick = pickers[turn % workers].pick("pool", body, now)
+        until(now)
+        pick = pickers[turn % len(pickers)].pick("pool", body, now)
         pod = pods[pick.pod or rng.choice(list(pods))]
         cached, seconds = pod.serve(hashes, tokens, now)
         if turn > requests // 4:  # caches are warm
@@ -133,19 +190,26 @@ def run(workers: int, *, shared: bool, requests: int = REQUESTS, seed: int = 1) 
     return hit / total, sorted(times)
 
 
+def hits(count: int, how: str, requests: int, seed: int) -> tuple[float, list[float]]:
+    """The same for so many pickers; `how` is of HOW."""
+    if how == HEARD:
+        hearing = Hearing(count, seed)
+        return run(hearing.pickers, requests, seed, hearing.until)
+    return run((workers if how in (ONE, SHARED) else apart)(count, seed), requests, seed)
+
+
 def measure(counts: Sequence[int] = (1, 2, 4), requests: int = REQUESTS, seeds: Sequence[int] = SEEDS) -> Table:
-    """A row for each number of workers, with and without shared memory, over all runs."""
+    """A row for each number of them and each way they know of one another, over all runs."""
     rows = []
-    for workers in counts:
-        for shared in (True, False) if workers > 1 else (True,):
-            progress(f"{workers} workers, {'shared' if shared else 'separate'} memory")
-            runs = [run(workers, shared=shared, requests=requests, seed=seed) for seed in seeds]
-            hits = sum(share for share, _ in runs) / len(runs)
+    for count in counts:
+        for how in HOW if count > 1 else (ONE,):
+            progress(f"{count} {how}")
+            runs = [hits(count, how, requests, seed) for seed in seeds]
+            share = sum(share for share, _ in runs) / len(runs)
             times = sorted(chain.from_iterable(seconds for _, seconds in runs))
-            what = "one" if workers == 1 else "shared" if shared else "separate"
-            cells = (number(100 * hits), millis(sum(times) / len(times)), millis(percentile(times, 99)))
-            rows.append((f"{workers}, {what}", *cells))
-    columns = ("workers, memory", "cached tokens, %", "first token mean ms", "p99 ms")
+            cells = (number(100 * share), millis(sum(times) / len(times)), millis(percentile(times, 99)))
+            rows.append((f"{count} {how}", *cells))
+    columns = ("who picks", "cached tokens, %", "first token mean ms", "p99 ms")
     return Table(f"{len(seeds)} times {requests:,} requests of agents over {PODS} pods", columns, tuple(rows))
 
 

@@ -55,8 +55,8 @@ cluster_manager:
     - envoy_grpc: {{cluster_name: xds}}
 
 static_resources:
-  clusters:
-  - name: xds
+{status_listener}  clusters:
+{status_cluster}  - name: xds
     type: {discovery}
     connect_timeout: 1s
     typed_extension_protocol_options:
@@ -87,6 +87,46 @@ overload_manager:
       "@type": type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig
       max_active_downstream_connections: 50000
 """  # noqa: E501 - a type's name can not be broken
+
+_STATUS_LISTENER = """\
+  listeners:
+  - name: status
+    address:
+      socket_address: {{address: {host}, port_value: {port}}}
+    ignore_global_conn_limit: true  # a full Envoy is not one that is down
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: status
+          route_config:
+            virtual_hosts:
+            - name: status
+              domains: ["*"]
+              routes:  # of the admin API these two pages, and nothing that changes anything
+              - match: {{path: /ready, headers: [{{name: ":method", string_match: {{exact: GET}}}}]}}
+                route: {{cluster: admin}}
+              - match: {{path: /stats/prometheus, headers: [{{name: ":method", string_match: {{exact: GET}}}}]}}
+                route: {{cluster: admin}}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+"""
+
+_STATUS_CLUSTER = """\
+  - name: admin
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment:
+      cluster_name: admin
+      endpoints:
+      - lb_endpoints:
+        - endpoint:
+            address:
+              socket_address: {{address: {admin_host}, port_value: {admin_port}}}
+"""
 
 _TLS = """\
     transport_socket:
@@ -132,15 +172,22 @@ def render(
     *,
     delta: bool = True,
     tls_sds: str | None = None,
+    status: str | None = None,
 ) -> str:
     """The bootstrap as YAML. `server` and `admin` are `HOST:PORT` (`[IPv6]:PORT`); a host name is looked up by Envoy.
 
+    At `status`, an address like them, Envoy answers GET /ready and /stats/prometheus of its admin API and no more.
     With `tls_sds`, a directory on Envoy's machine that holds the files of `secrets`, it is mutual TLS: the server's
     certificate is of the CA there and names the server's host.
     Raises ValueError with a sentence for an address that is not one.
     """
     server_host, server_port = split_address(server)
     admin_host, admin_port = split_address(admin)
+    status_listener = status_cluster = ""
+    if status is not None:
+        host, port = split_address(status)
+        status_listener = _STATUS_LISTENER.format(host=_quoted(host), port=port)
+        status_cluster = _STATUS_CLUSTER.format(admin_host=_quoted(admin_host), admin_port=admin_port)
     return _TEMPLATE.format(
         node_id=_quoted(node_id),
         node_cluster=_quoted(node_cluster),
@@ -151,6 +198,8 @@ def render(
         server_host=_quoted(server_host),
         server_port=server_port,
         tls=_transport_socket(server_host, tls_sds) if tls_sds else "",
+        status_listener=status_listener,
+        status_cluster=status_cluster,
     )
 
 

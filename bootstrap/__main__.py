@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--admin", metavar="HOST:PORT", default=bootstrap.DEFAULT_ADMIN, help="where Envoy's admin API listens"
     )
     parser.add_argument(
+        "--status",
+        metavar="HOST:PORT",
+        help="where Envoy answers GET /ready and /stats/prometheus, and nothing else of its admin API",
+    )
+    parser.add_argument(
         "--sotw", action="store_true", help="ask by the state-of-the-world protocol; the incremental one costs less"
     )
     for option, text in TLS_OPTIONS.items():
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             *(args.server, args.node_id, args.node_cluster, args.admin),
             delta=not args.sotw,
             tls_sds=None if args.tls_sds is None else str(args.tls_sds),
+            status=args.status,
         )
         if args.tls_sds is not None:
             args.tls_sds.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import secrets
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvloop
 
@@ -14,7 +16,7 @@ from picker.listen import UNIX, AddressError
 from picker.memory import Memory
 from picker.metrics import PickerMetrics
 from picker.server import PickerServer
-from picker.worker import Settings, on_signals, work
+from picker.worker import Settings, explaining, on_signals, work
 from picker.workers import WorkerError, supervise
 from xds import tls
 from xds.log import FORMATS, LEVELS, configure
@@ -25,6 +27,7 @@ Answers Envoy's ext_proc filter: reads a request's prompt, picks the pod where i
 and names it in one header that Envoy's ring_hash lands on. Envoy fails open: without a picker requests are spread
 by the pods' weights. Pods and loads come from the management server; without it the key is the prompt's hot prefix.
 """
+NO_EXCHANGE = "none"
 EPILOG = """\
 examples:
   vllm-xds picker                                            beside `vllm-xds serve`, with its defaults
@@ -48,6 +51,10 @@ def _tcp_address(text: str) -> str:
     return _address(text)
 
 
+def _server(text: str) -> str:
+    return text if text == NO_EXCHANGE else _tcp_address(text)
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
@@ -65,10 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--listen", type=_address, action="append", metavar="ADDRESS",
         help="HOST:PORT or unix:/PATH to answer Envoy on; may be given again (default 127.0.0.1:18001)")  # fmt: skip
     add("--metrics-address", type=_tcp_address, default="127.0.0.1:19002", metavar="HOST:PORT",
-        help="where /metrics, /healthz and /readyz are served (default %(default)s)")  # fmt: skip
+        help="where /metrics, /healthz and /readyz are served, and for `vllm-xds explain` on this machine /debug/pick "
+        "(default %(default)s)")  # fmt: skip
     add("--pickers", type=_count, default=1, metavar="N",
-        help="independent pickers for the same pools, this one included: each sees 1/N of the requests, so with more "
-        "than one they lean on a primary pod for each prefix (default %(default)s)")  # fmt: skip
+        help="pickers for the same pools, this one included, if some do not hear others: these are taken to send what "
+        "this one sends, and all lean on a primary pod for each prefix (default: as many as are heard)")  # fmt: skip
+    add("--exchange", type=_server, action="append", metavar="HOST:PORT",
+        help="management server through which pickers tell one another what they send where, and so pick as one; with "
+        "several servers name each; none: do without (default: that of --server)")  # fmt: skip
     add("--workers", type=_count, default=1, metavar="N",
         help="processes that share what they know and are one picker; each answers at an address of its own: the ports "
         "from that of --listen on, or PATH.0, PATH.1, ... (default %(default)s)")  # fmt: skip
@@ -80,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit code: 0, 1 for an address or files that cannot be used, 2 wrong usage."""
     args.listen = args.listen or ["127.0.0.1:18001"]
+    exchange = args.exchange or [args.server]
     try:
         files = tls.chosen(args, args.listen)
     except ValueError as error:
@@ -90,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         server=args.server,
         listen=tuple(args.listen),
         pickers=args.pickers,
+        exchange=() if NO_EXCHANGE in exchange else tuple(dict.fromkeys(exchange)),
+        picker=secrets.randbits(64),
         tls=(str(files.cert), str(files.key), str(files.ca)) if files else None,
         log_format=args.log_format,
         log_level=args.log_level,
@@ -112,7 +126,11 @@ def run(args: argparse.Namespace) -> int:
 async def _alone(settings: Settings, host: str, port: int) -> None:
     @asynccontextmanager
     async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
-        async with serve_status(host, port, metrics.registry, lambda: server.serving) as chosen:
+        async def explain(*asked: Any) -> dict[str, Any]:
+            return server.explain(*asked)
+
+        posted = explaining(explain)
+        async with serve_status(host, port, metrics.registry, lambda: server.serving, posted=posted) as chosen:
             yield f"{host}:{chosen}"
 
     asked = asyncio.Event()

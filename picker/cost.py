@@ -13,10 +13,11 @@ the rate is at least the one that is set, and what there is of more than DOUBT s
 it is: of whatever is sent at a steady rate, B comes to rest, where a leak that is too slow would let it grow until
 nothing else counted.
 
-n (requests) and kv (tokens) are what p's last metrics page said plus E times what this picker sent there since, E being
-the number of independent pickers. Where Envoys report what they have in flight to p, n is that with what was sent
-since, if it is more: a burst is there before any page shows it. The cheapest pod is picked; of equal ones the one with
-fewest requests, of those any.
+n (requests) and kv (tokens) are what p's last metrics page said plus E times what is known to have been sent there
+since, E being the number of pickers over the number of those whose sends are known: this one and the ones it hears
+(picker/exchange.py). What those send is in n, kv, B and what p has seen as if this picker had sent it. Where Envoys
+report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there before any
+page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
 
 A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
 where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
@@ -24,7 +25,7 @@ where every place is taken by running ones. A pod holds what its last report sho
 `max_lora` adapters at most.
 
 What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
-and so are one picker, not several. Which adapters p was sent last, and the usual U, is each worker's own.
+and so are one picker, not several. Which adapters p was sent last, and the usual U, are each process's own.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -40,13 +41,11 @@ from math import exp, inf, log
 from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
 
-ETA = (
-    0.15  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
-)
+ETA = 0.15  # a prefill shares its steps with each request running: more trades the tail for hits, less the reverse
 CN = 100.0  # tokens: what a running request costs the next, however short its prompt
 KAPPA = 2.0  # tokens a token: beyond the KV cache a token preempts another, which is prefilled again
 PRIOR_ALONE = 0.0  # share of U waived on the primary: one picker knows where everything is
-PRIOR_MANY = 0.8  # the same with several pickers: the primary is all they agree on
+PRIOR_MANY = 0.8  # the same where no other picker is heard: the primary is all they agree on; in between, in proportion
 OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
 LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
 DOUBT = 5.0  # seconds of B: about as long as the longest prompts are prefilled; half or twice as much costs some 5 %
@@ -56,6 +55,7 @@ USUAL_SHARE = 0.03  # of a pick in it: about the last thirty
 PREFILL_RATE = 8000.0  # tokens/s, if a pod's page tells no more: a 32B model in fp8 on one datacentre GPU
 KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
 STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
+HEARD_BACKLOG = 60.0  # seconds in which the B that other pickers' sends come to is gone: and with it a wrong one's cost
 # Tokens of prefill an adapter is worth; only their order and size matter, as vLLM says nothing of how long it takes.
 ADAPTER_LOAD = 400.0  # 50 ms at PREFILL_RATE: weights of some 100 MB from the host's memory, while the engine stands
 ADAPTER_WAITS = 1000.0  # others wait for it there: a place is being made, and it will be shared
@@ -105,6 +105,46 @@ class PoolLoad:
     name: str
     pods: tuple[PodLoad, ...]
     in_flight_age: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a request would cost on a pod, in tokens, and why: the names of the module's formula.
+
+    `cached` of the prompt's tokens are probably there, `uncached` is U. `running` is n and `kv_tokens` kv, those of a
+    pod without a `fresh` report the mean of the others. The cost is the sum of the terms, in the formula's order.
+    """
+
+    pod: str
+    fresh: bool
+    cached: int
+    uncached: float
+    running: float
+    kv_tokens: float
+    cost: float
+    backlog: float
+    prefill: float
+    requests: float
+    preempted: float
+    adapter: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What a picker has sent to one pod in a while: U of all requests in `uncached`, with their output in `tokens`.
+
+    `prompts` has of each request the chunks that the pod had not been sent, or not lately.
+    """
+
+    pool: str
+    hash_key: str
+    requests: int
+    tokens: int
+    uncached: int
+    prompts: tuple[Sequence[Key], ...]
+
+
+Tell = Callable[[str, str, int, int, Sequence[Key]], None]  # the fields of a Placed of one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +207,8 @@ class _Pod:
         requests, tokens = between >> TOKEN_BITS, between & TOKENS
         return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
 
-    def busyness(self, pickers: int) -> tuple[float, float, float]:
-        """n and kv of the module's formula, and how many requests wait."""
+    def busyness(self, pickers: float) -> tuple[float, float, float]:
+        """n and kv of the module's formula, and how many requests wait; `pickers` is E."""
         since = (self.memory.sent - self._base) & WRAP
         n = self._reported_n + pickers * (since >> TOKEN_BITS)
         if self._in_flight is not None:
@@ -176,14 +216,21 @@ class _Pod:
             n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
         return n, self._reported_kv + pickers * (since & TOKENS), self.load.waiting
 
-    def cost(
-        self, uncached: float, output: float, n: float, kv: float, queued: float, now: float, costs: Costs
-    ) -> float:
-        """C of the module's formula without A, in tokens; `queued` is the part of B that waits."""
-        capacity = self.load.kv_tokens
-        preempted = max(0.0, kv + uncached + output - KV_USABLE * capacity) if capacity else 0.0
-        backlog = self.backlog(now, costs) + queued
-        return backlog + uncached * (1.0 + ETA * n) + costs.request_cost * n + KAPPA * preempted
+    def terms(
+        self, uncached: float, output: float, n: float, kv: float, queued: float, now: float, costs: Costs, adapter: str
+    ) -> tuple[float, float, float, float, float]:
+        """What C of the module's formula is the sum of, in tokens; `adapter` "" for a model that is none.
+
+        `queued` is the part of B that waits.
+        """
+        beyond = kv + uncached + output - KV_USABLE * self.load.kv_tokens
+        return (
+            self.backlog(now, costs) + queued,
+            uncached * (1.0 + ETA * n),
+            costs.request_cost * n,
+            KAPPA * beyond if beyond > 0.0 and self.load.kv_tokens else 0.0,
+            self.adapter_cost(adapter) if adapter else 0.0,
+        )
 
     def adapter_cost(self, adapter: str) -> float:
         """A of the module's formula, in tokens."""
@@ -226,8 +273,11 @@ class _Pod:
 
     def send(
         self, chunks: Sequence[Key], adapter: str, uncached: float, output: float, now: float, costs: Costs
-    ) -> None:
-        """Note a request that was picked for this pod; `adapter` "" for a model that is none."""
+    ) -> list[Key]:
+        """Note a request that was picked for this pod; `adapter` "" for a model that is none.
+
+        The chunks that were not among the ones it was sent last.
+        """
         memory = self.memory
         memory.busy_until = self._busy_until(self.backlog(now, costs) + uncached, now, costs)
         before = memory.sent
@@ -235,7 +285,16 @@ class _Pod:
         self._looks.append(_Sent(now, before, memory.sent))
         if adapter:
             self._hold(adapter)
-        memory.touch(chunks, now)
+        return memory.touch(chunks, now)
+
+    def hear(self, placed: Placed, now: float, costs: Costs) -> None:
+        """Note what another picker has sent here."""
+        memory = self.memory
+        until = self._busy_until(self.backlog(now, costs) + placed.uncached, now, costs)
+        memory.busy_until = max(memory.busy_until, min(until, now + HEARD_BACKLOG))
+        memory.send(placed.tokens, placed.requests)
+        for chunks in placed.prompts:
+            memory.touch(chunks, now)
 
 
 def _restarted(old: PodLoad, new: PodLoad) -> bool:
@@ -246,18 +305,23 @@ def _restarted(old: PodLoad, new: PodLoad) -> bool:
 class Pool:
     """One pool's pods. Mutable.
 
-    `random` gives floats in [0, 1); `pickers` is the number of independent pickers (this one included). Pools of one
-    `memory` have different names.
+    `random` gives floats in [0, 1); `pickers` is the number of pickers there are at least, this one included. Pools of
+    one `memory` have different names. Where other pickers are heard, `tell` is told of each pick.
     """
 
     def __init__(
-        self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None, name: str = ""
+        self,
+        random: Callable[[], float],
+        pickers: int = 1,
+        memory: Memory | None = None,
+        name: str = "",
+        tell: Tell | None = None,
     ) -> None:
         self._random = random
         self._memory = memory or Memory()
         self._name = name
         self._pickers = pickers
-        self._prior = PRIOR_ALONE if pickers == 1 else PRIOR_MANY
+        self._tell = tell
         self._pods: dict[str, _Pod] = {}
         self._adapters: OrderedDict[str, None] = OrderedDict()  # every name a pod has reported as one
         self._usual = USUAL
@@ -309,15 +373,22 @@ class Pool:
         now: float,
         hint: bytes | None = None,
         model: str = "",
+        offers: list[Offer] | None = None,
     ) -> str | None:
         """The hash key of the cheapest pod, now counted as sent to; None when no report is fresh.
 
         `tokens` is the prompt's length, `primary` the hash key of the stateless key's pod, `now` in seconds, `hint` the
-        hash of the session or cache key the client named, `model` what the pod will be asked for.
+        hash of the session or cache key the client named, `model` what the pod will be asked for. With `offers` every
+        pod's is added there, and nothing is counted.
         """
-        fresh = {name: pod.busyness(self._pickers) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
+        known, heard = self._memory.peers(now)
+        pickers = max(self._pickers, 1 + known)
+        everyone = pickers / (1 + heard)
+        fresh = {name: pod.busyness(everyone) for name, pod in self._pods.items() if now - pod.read_at <= STALE}
         if not fresh:
             return None
+        unheard = pickers - 1 - heard
+        prior = PRIOR_ALONE + (PRIOR_MANY - PRIOR_ALONE) * unheard / (pickers - 1) if unheard else PRIOR_ALONE
         chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
         mean_n, _, mean_waiting = (sum(column) / len(fresh) for column in zip(*fresh.values(), strict=True))
         mean = (mean_n, 0.0, mean_waiting)
@@ -327,18 +398,32 @@ class Pool:
         best: list[tuple[str, _Pod, float]] = []
         best_cost = (inf, inf)
         for name, pod in self._pods.items():
-            uncached: float = tokens - pod.cached(chunks, by_hint, tokens)
+            cached = pod.cached(chunks, by_hint, tokens)
+            uncached: float = tokens - cached
             if name == primary:
-                uncached *= 1.0 - self._prior
+                uncached *= 1.0 - prior
             n, kv, waiting = fresh.get(name, mean)
-            tokens_worth = pod.cost(uncached, output, n, kv, waiting * self._usual, now, costs)
-            cost = (tokens_worth + pod.adapter_cost(adapter) if adapter else tokens_worth, n)
+            terms = pod.terms(uncached, output, n, kv, waiting * self._usual, now, costs, adapter)
+            backlog, prefill, requests, preempted, waits = terms
+            cost = (backlog + prefill + requests + preempted + waits, n)
+            if offers is not None:
+                offers.append(Offer(name, name in fresh, cached, uncached, n, kv, cost[0], *terms))
             if cost < best_cost:
                 best_cost = cost
                 best = [(name, pod, uncached)]
             elif cost == best_cost:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
-        self._usual += USUAL_SHARE * (uncached - self._usual)
-        pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
+        if offers is None:
+            self._usual += USUAL_SHARE * (uncached - self._usual)
+            written = pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
+            if heard and self._tell is not None:
+                self._tell(self._name, name, int(uncached + output), int(uncached), written)
         return name
+
+    def hear(self, placed: Placed, now: float) -> bool:
+        """Note what another picker has sent to a pod; False when there is no such pod here."""
+        pod = self._pods.get(placed.hash_key)
+        if pod is not None:
+            pod.hear(placed, now, self.costs)
+        return pod is not None

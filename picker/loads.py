@@ -18,10 +18,11 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from picker.cost import STALE, Costs, PodLoad, PoolLoad
+from picker.link import Link, Stream
 from picker.metrics import PickerMetrics
 from picker.models import Models, Rule
 from picker.pick import Picker, PoolConfig
-from xds.tls import TlsError, TlsFiles, channel_credentials
+from xds.tls import TlsFiles
 from xds.wire.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
 from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
@@ -29,21 +30,10 @@ from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
 LOAD = "type.googleapis.com/vllm_xds.v1.PoolLoad"
 CONFIG = "type.googleapis.com/vllm_xds.v1.PoolConfig"
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
-MAX_MESSAGE = 16 << 20  # bytes: 100,000 pods in one response
 MAX_PODS = 20_000  # pods, and pools, of all reports together: some 200 MB, and seconds to place on the ring
 MAX_REFUSAL = 2000  # characters of a refusal: the server keeps no more, and a NACK has to fit into its 4 MiB
 MAX_VALUE = 1e30  # of a load: beyond all that a page can add up to, and sums and products of such are finite
-BACKOFF = 0.2  # seconds before the second attempt, doubled for each one after it, less up to half at random
-MAX_BACKOFF = 5.0  # seconds: a restarted server is found before the loads are stale
 WATCH = 1.0  # seconds between looks at the loads' age
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.keepalive_time_ms", 10_000),  # a server that hangs with its sockets open is noticed in 15 s
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # the one that ends the connection; its default is 60 s
-    ("grpc.http2.max_pings_without_data", 0),  # a server without pools has nothing to send
-    ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the old one's wait
-)
 
 log = structlog.get_logger()
 
@@ -202,59 +192,37 @@ class LoadsClient:
         random: Callable[[], float],
         tls: TlsFiles | None = None,
     ) -> None:
-        self._address = address
+        self._link = Link(address, METHOD, random, tls)
         self._picker = picker
         self._metrics = metrics
         self._subscriptions = {type_url: Subscription(node_id, type_url) for type_url in (CONFIG, LOAD)}
         self._clock = clock
-        self._random = random
-        self._tls = tls
         self._connected = False
-        self._failures = 0  # attempts since a response came
         self._refusals: dict[str, str] = {}  # type -> the last one logged: a server repeats a mistake each round
 
     async def run(self) -> None:
         """Connect, follow, and connect again; ends only by being cancelled."""
-        while True:
-            reason = await self._follow()
-            if self._connected:
-                log.warning("server lost", server=self._address, reason=reason)
-            elif self._failures == 0:
-                log.warning("server unreachable", server=self._address, reason=reason)
-            self._connected = False
-            self._metrics.connected.set(0)
-            delay = min(MAX_BACKOFF, BACKOFF * 2 ** min(self._failures, 16))
-            self._failures += 1
-            await asyncio.sleep(delay * (1 - self._random() / 2))
+        await self._link.run(self._talk, self._ended)
 
-    async def _follow(self) -> str:
-        """One stream, from its first request to its end; why it ended."""
-        try:
-            opened = self._open()
-        except TlsError as error:
-            return str(error)
-        async with opened as channel:
-            stream = channel.stream_stream(METHOD)()  # raw bytes: what cannot be decoded is ours to judge
-            try:
-                for subscription in self._subscriptions.values():
-                    await stream.write(subscription.open().SerializeToString())
-                self._connected = True
-                self._metrics.connected.set(1)
-                log.info("server connected", server=self._address)
-                while (data := await stream.read()) is not grpc.aio.EOF:
-                    request = self._apply(DeltaDiscoveryResponse.FromString(data))
-                    self._failures = 0
-                    await stream.write(request.SerializeToString())
-            except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
-            except (asyncio.InvalidStateError, DecodeError) as error:  # the stream ended while an ACK was written
-                return str(error)
-            return f"{(await stream.code()).name}: the server ended the stream"
+    def _ended(self, reason: str) -> None:
+        if self._connected:
+            log.warning("server lost", server=self._link.address, reason=reason)
+        elif self._link.failures == 0:
+            log.warning("server unreachable", server=self._link.address, reason=reason)
+        self._connected = False
+        self._metrics.connected.set(0)
 
-    def _open(self) -> grpc.aio.Channel:
-        if self._tls is None:
-            return grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self._address, channel_credentials(self._tls), options=CHANNEL_OPTIONS)
+    async def _talk(self, stream: Stream) -> None:
+        """One stream, from its first request to its end."""
+        for subscription in self._subscriptions.values():
+            await stream.write(subscription.open().SerializeToString())
+        self._connected = True
+        self._metrics.connected.set(1)
+        log.info("server connected", server=self._link.address)
+        while (data := await stream.read()) is not grpc.aio.EOF:
+            request = self._apply(DeltaDiscoveryResponse.FromString(data))
+            self._link.failures = 0
+            await stream.write(request.SerializeToString())
 
     def _apply(self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest:
         type_url = response.type_url if response.type_url in self._subscriptions else LOAD  # which refuses it

@@ -3,6 +3,7 @@
 One buffer (a bytearray, or an mmap that worker processes share) holds a row for each pod and one table of chunks for
 all of them, in words of eight bytes:
 
+    header  HEADER words, of which the first says how many other pickers are heard, and when that was so
     rows    ROWS rows of ROW words: whose it is, what was sent there, and when its generations began (see below)
     table   sets of WAYS words; a word is a chunk that a pod has been sent: 40 bits of time, 24 bits of the chunk's hash
 
@@ -35,6 +36,7 @@ Key = tuple[bytes, int]  # a chunk's tag and what chooses its set
 
 CHUNKS = 1 << 20  # of all pods together, half a billion tokens; a power of two
 WORD = 8  # bytes
+HEADER = 8  # words: a cache line
 ROWS = 4096  # pods of all pools; more of them than that take each other's rows, and so forget
 ROW = 64  # words
 PROBES = 32  # rows a pod may have, from the one its name hashes to
@@ -44,11 +46,14 @@ GENERATIONS = 16  # the cache is taken to be up to a sixteenth smaller than it i
 NEW = GENERATIONS  # what a chunk that was not there counts: a generation is full when it has counted `capacity`
 UNUSED = 60_000  # ms without a load report, then a row may be another pod's
 EPOCH = 1_000_000  # ms: keeps every stamp above that of an empty word, 0
-SIZE = (ROWS * ROW + 2 * CHUNKS) * WORD  # bytes of a buffer, 18 MB: half of the table's words stay spare
+SIZE = (HEADER + ROWS * ROW + 2 * CHUNKS) * WORD  # bytes of a buffer, 18 MB: half of the table's words stay spare
 TAG_BITS = 24  # a wrong tag is taken for the right one in one look of two million
 TOKEN_BITS = 40  # of a row's SENT: tokens below, requests above
 TOKENS = (1 << TOKEN_BITS) - 1
 WRAP = (1 << 64) - 1
+PEERS = 0  # word of the header: 48 bits of time, 16 of how many
+MAX_PEERS = (1 << 16) - 1
+SILENT = 3_000  # ms: then other pickers are not heard; the management server says each second how many they are
 # words of a row
 OWNER, USED, ADDRESS, START, SENT, BUSY, FILLED, COUNT, BEGAN = 0, 1, 2, 3, 4, 5, 6, 7, 32
 _SPREAD = 0x9E3779B1  # odd: rows differ in their low bits, and so do their products with it
@@ -58,7 +63,17 @@ _KEY = Struct("<3sxI")
 
 def keys(hashes: Sequence[bytes]) -> list[Key]:
     """What `hashes`, of eight bytes each, are found by."""
-    return list(_KEY.iter_unpack(b"".join(hashes)))
+    return read_keys(b"".join(hashes))
+
+
+def read_keys(data: bytes) -> list[Key]:
+    """The same for hashes one after another: a multiple of eight bytes."""
+    return list(_KEY.iter_unpack(data))
+
+
+def write_keys(chunks: Sequence[Key]) -> bytes:
+    """Bytes that `read_keys` makes the same of: the hashes, but for their fourth byte, by which nothing is found."""
+    return b"".join([_KEY.pack(tag, place) for tag, place in chunks])
 
 
 class Buffer(Protocol):
@@ -81,14 +96,24 @@ class Memory:
         self.words = view.cast("Q")
         self.floats = view.cast("d")
         self.find: Callable[[bytes, int, int], int] = buffer.find
-        self.table = ROWS * ROW  # word
+        self.table = HEADER + ROWS * ROW  # word
         self.mask = (len(self.words) - self.table) * WORD - SET  # of a set's first byte in the table
+
+    def peers(self, now: float) -> tuple[int, int]:
+        """How many other pickers were heard when any were last, and how many are."""
+        word = self.words[PEERS]
+        known = word & MAX_PEERS
+        return known, known if (word >> 16) + SILENT >= _stamp(now) else 0
+
+    def note_peers(self, heard: int, now: float) -> None:
+        """Say to all processes how many other pickers are heard: until it is SILENT, then it has to be said again."""
+        self.words[PEERS] = _stamp(now) << 16 | min(heard, MAX_PEERS)
 
     def pod(self, name: str, now: float) -> PodMemory:
         """The memory of the pod of this name, which says pool and pod; empty when it has none."""
         owner = mmh3.mmh3_x64_128_utupledigest(name.encode())[0] | 1
         first, words, stamp = owner >> 1, self.words, _stamp(now)
-        rows = [(first + probe) % ROWS * ROW for probe in range(PROBES)]
+        rows = [HEADER + (first + probe) % ROWS * ROW for probe in range(PROBES)]
         for row in rows:
             if words[row + OWNER] == owner:
                 found = PodMemory(self, row, owner)
@@ -173,15 +198,20 @@ class PodMemory:
                 high = middle - 1
         return low
 
-    def touch(self, chunks: Sequence[Key], now: float) -> None:
-        """Make `chunks` the most recently used, the first of them last to be forgotten."""
+    def touch(self, chunks: Sequence[Key], now: float) -> list[Key]:
+        """Make `chunks` the most recently used, the first of them last to be forgotten.
+
+        Those that were not, in their order: what another memory has to touch to know what this one does.
+        """
         words, find, stamp = self._words, self._find, _stamp(now)
         oldest = self._oldest()
         span = max(1, stamp - oldest)
         current = words[self._row + BEGAN + (words[self._row + COUNT] >> 32) % (2 * GENERATIONS)]
         stamp += len(chunks)
         counted = 0
-        for tag, place in chunks:
+        written = []
+        for chunk in chunks:
+            tag, place = chunk
             stamp -= 1
             start = self._table + ((place ^ self._salt) & self._mask)
             found = self._next(tag, find(tag, start, start + SET), start + SET) // WORD
@@ -196,8 +226,10 @@ class PodMemory:
                     continue  # lately: neither its place in the order nor other processes' caches are to be disturbed
                 counted += NEW if touched < oldest else max(0, stamp - touched) * NEW // span
             words[found] = stamp << TAG_BITS | int.from_bytes(tag, "little")
+            written.append(chunk)
         if counted:
             self._count(counted, now)
+        return written
 
     def _holds(self, tag: bytes, place: int) -> bool:
         start = self._table + ((place ^ self._salt) & self._mask)
@@ -236,10 +268,10 @@ class PodMemory:
         """Requests and their tokens so far, as one number: requests << TOKEN_BITS | tokens. It wraps at WRAP."""
         return self._words[self._row + SENT]
 
-    def send(self, tokens: int) -> None:
-        """One request more."""
+    def send(self, tokens: int, requests: int = 1) -> None:
+        """So many requests more, of so many tokens together."""
         at = self._row + SENT
-        self._words[at] = self._words[at] + (1 << TOKEN_BITS | tokens) & WRAP
+        self._words[at] = self._words[at] + (requests << TOKEN_BITS) + tokens & WRAP
 
     @property
     def busy_until(self) -> float:

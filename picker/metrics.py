@@ -45,3 +45,18 @@ class PickerMetrics:
         self.load_age = Gauge(
             "vllm_xds_picker_load_age_seconds", "Age of a pool's freshest load; +Inf: never read.", ["pool"], registry=r
         )
+        self.exchange_peers = Gauge(
+            "vllm_xds_picker_exchange_peers", "Other pickers whose picks are noted here as well.", registry=r
+        )
+        self.exchange_requests = Counter(
+            "vllm_xds_picker_exchange_requests", "Requests of other pickers that were noted.", registry=r
+        )
+        self.exchange_bytes = Counter(
+            "vllm_xds_picker_exchange_bytes", "Of batches told, and of messages heard.", ["direction"], registry=r
+        )
+        self.exchange_lost = Counter(
+            "vllm_xds_picker_exchange_lost",
+            "What could not be told, or was told and not noted here: docs/logs.md has the reasons.",
+            ["reason"],
+            registry=r,
+        )

@@ -10,10 +10,10 @@ same one while the hosts are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from picker.cost import DEFAULT_COSTS, Costs, Pool, PoolLoad
+from picker.cost import DEFAULT_COSTS, Costs, Offer, Placed, Pool, PoolLoad, Tell
 from picker.memory import CHUNKS, Memory
 from picker.models import NO_MODELS, SHED, Models, judge
 from picker.prefix import chunk_hashes, hint_hash
@@ -64,6 +64,22 @@ class PoolConfig:
     models: Models = NO_MODELS
 
 
+@dataclass(slots=True)
+class Notes:
+    """What a pick is made of, for whoever asks why. Mutable: filled as far as the decision gets.
+
+    `prompt` is what was read, with the model the pod is to be asked for; `hashes` and `hint` are those of
+    picker/prefix.py. `stateless` is the key that needs no loads, `primary` its pod.
+    """
+
+    prompt: Prompt | None = None
+    hashes: list[bytes] = field(default_factory=list)
+    hint: bytes | None = None
+    stateless: bytes | None = None
+    primary: str | None = None
+    offers: list[Offer] = field(default_factory=list)
+
+
 class _State:
     """What is known of one pool: `config` and `reported` say by whom. Mutable."""
 
@@ -82,14 +98,22 @@ class Picker:
     """Every pool's state. Mutable; a pool's trouble never reaches another's.
 
     Clusters the management server did not name share one set of counts, so nobody can make it grow by inventing names.
-    `pickers` is the number of independent pickers (this one included), `random` gives floats in [0, 1). Workers that
-    share a `memory`, and so what they know of the pods, are one picker.
+    `pickers` is the number of pickers there are at least (this one included), `random` gives floats in [0, 1). Workers
+    that share a `memory`, and so what they know of the pods, are one picker. `tell` is told of each pick by cost, where
+    other pickers are heard; `hear` is for what they tell.
     """
 
-    def __init__(self, random: Callable[[], float], pickers: int = 1, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        random: Callable[[], float],
+        pickers: int = 1,
+        memory: Memory | None = None,
+        tell: Tell | None = None,
+    ) -> None:
         self._random = random
         self._pickers = pickers
         self._memory = memory or Memory()
+        self._tell = tell
         self._pools: dict[str, _State] = {}
         self._pods = 0  # in all pools
         self._unknown = HotPrefixes()
@@ -141,19 +165,33 @@ class Picker:
 
     def _state(self, name: str) -> _State:
         if name not in self._pools:
-            self._pools[name] = _State(Pool(self._random, self._pickers, self._memory, name))
+            self._pools[name] = _State(Pool(self._random, self._pickers, self._memory, name, self._tell))
         return self._pools[name]
 
-    def pick(self, cluster_name: str, body: bytes, now: float, session: str = "", objective: str = "") -> Pick:
+    def hear(self, placed: Placed, now: float) -> bool:
+        """Note what another picker has sent to a pod; False when there is no such pod here."""
+        state = self._pools.get(placed.pool)
+        return state is not None and state.pool.hear(placed, now)
+
+    def pick(
+        self,
+        cluster_name: str,
+        body: bytes,
+        now: float,
+        session: str = "",
+        objective: str = "",
+        notes: Notes | None = None,
+    ) -> Pick:
         """Decide for one request routed to `cluster_name`; `now` in seconds.
 
-        `session` and `objective` are the headers' values, "" for none.
+        `session` and `objective` are the headers' values, "" for none. With `notes` it is what would be decided: they
+        say why, and nothing is remembered of the request.
         """
         state = self._pools.get(cluster_name)
         config = state.config if state is not None else None
         if state is None or config is None or (config.picked and not config.models):
             named = config is not None or cluster_name.startswith(SERVICE)
-            return self._picked(state, cluster_name, read_prompt(body), now, session, named=named)
+            return self._picked(state, cluster_name, read_prompt(body), now, session, notes, named=named)
         models = config.models
         prompt = read_prompt(body) if config.picked else None
         verdict = judge(
@@ -170,7 +208,7 @@ class Picker:
         if config.picked:
             if prompt is not None and verdict.body is not None:
                 prompt = replace(prompt, model=verdict.model)
-            pick = self._picked(state, cluster_name, prompt, now, session, named=verdict.named)
+            pick = self._picked(state, cluster_name, prompt, now, session, notes, named=verdict.named)
         else:
             pick = Pick(None, Reason.UNPICKED, cluster_name, named=verdict.named)
         return replace(pick, model=verdict.model, body=verdict.body)
@@ -182,6 +220,7 @@ class Picker:
         prompt: Prompt | None,
         now: float,
         session: str,
+        notes: Notes | None,
         *,
         named: bool,
     ) -> Pick:
@@ -191,12 +230,19 @@ class Picker:
             return Pick(None, Reason.UNREADABLE, pool, named=named)
         hashes, hint = chunk_hashes(prompt), hint_hash(prompt, session)
         path = [hint, *hashes] if hint is not None else hashes
+        counted, offers = notes is None, notes.offers if notes is not None else None
+        if notes is not None:
+            notes.prompt, notes.hashes, notes.hint = prompt, hashes, hint
         if state is None:
-            stateless = self._unknown.key(path, UNKNOWN_PODS, now)
+            stateless = self._unknown.key(path, UNKNOWN_PODS, now, counted=counted)
+            if notes is not None:
+                notes.stateless = stateless
         else:
-            stateless = state.hot.key(path, len(state.pool) or UNKNOWN_PODS, now)
+            stateless = state.hot.key(path, len(state.pool) or UNKNOWN_PODS, now, counted=counted)
             primary = state.ring.primary(stateless) if stateless is not None else None
-            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint, prompt.model)
+            if notes is not None:
+                notes.stateless, notes.primary = stateless, primary
+            pod = state.pool.pick(hashes, prompt.tokens, prompt.max_tokens, primary, now, hint, prompt.model, offers)
             if pod is not None:
                 return Pick(f"{pod}_0", Reason.COST, pool, pod, named=named)
         if stateless is None:

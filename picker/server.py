@@ -7,17 +7,19 @@ changes": Envoy then routes without a key, sooner than by a timeout. gRPC health
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import structlog
 from prometheus_client import Counter
 
+from picker.explain import explain
 from picker.frames import Code
 from picker.listen import CallError, GrpcServer
 from picker.messages import NOT_FOUND
 from picker.metrics import PickerMetrics
-from picker.pick import Pick, Picker
+from picker.pick import Pick, Picker, Reason
 from picker.wire.ext_proc_pb2 import BodyResponse, ProcessingRequest, ProcessingResponse
 from xds.tls import TlsFiles
 
@@ -25,7 +27,8 @@ PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 HEALTH = "/grpc.health.v1.Health/Check"
 FILTER = "envoy.filters.http.ext_proc"  # the namespace of the request's attributes
 REQUEST = "request"  # the namespace of the metadata a request carries: its headers' values, `session` and `objective`
-NAMESPACE = "picker"  # of the dynamic metadata the answer carries: `key`, `named`, or `refused` and `model`
+# Of the dynamic metadata the answer carries: `reason`, and `key`, `pod` and `named`, or `refused` and `model`.
+NAMESPACE = "picker"
 MAX_MODEL = 256  # characters of an unknown model's name that its refusal repeats
 SAY_AGAIN = 60.0  # seconds between two log lines on one kind of failure
 SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # HealthCheckResponse.status
@@ -38,11 +41,8 @@ log = structlog.get_logger()
 def encode_answer(pick: Pick) -> bytes:
     """The ProcessingResponse for a pick: what Envoy is to know, and the body if it is another now."""
     if pick.refused:
-        answer = ProcessingResponse(request_body=BodyResponse())
-        told = {"refused": str(pick.refused), "model": pick.model[:MAX_MODEL]}
-        answer.dynamic_metadata.update({NAMESPACE: told})
-        return answer.SerializeToString()
-    unchanged = _encode(pick.key, named=pick.named)
+        return _encode({"reason": pick.reason, "refused": str(pick.refused), "model": pick.model[:MAX_MODEL]})
+    unchanged = _encode_pick(pick.key, pick.pod, pick.reason, named=pick.named)
     if pick.body is None:
         return unchanged
     answer = ProcessingResponse.FromString(unchanged)
@@ -51,17 +51,26 @@ def encode_answer(pick: Pick) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _encode(key: str | None, *, named: bool) -> bytes:
-    answer = ProcessingResponse(request_body=BodyResponse())
-    told: dict[str, str | bool] = {"key": key} if key is not None else {}
+def _encode_pick(key: str | None, pod: str, reason: Reason, *, named: bool) -> bytes:
+    told: dict[str, str | bool] = {"reason": reason}
+    if key is not None:
+        told["key"] = key
+    if pod:
+        told["pod"] = pod
     if named:
         told["named"] = True
+    return _encode(told)
+
+
+def _encode(told: Mapping[str, str | bool]) -> bytes:
+    """An answer with this metadata."""
+    answer = ProcessingResponse(request_body=BodyResponse())
     if told:
         answer.dynamic_metadata.update({NAMESPACE: told})
-    return answer.SerializeToString()
+    return answer.SerializeToString(deterministic=True)
 
 
-UNCHANGED = _encode(None, named=False)
+UNCHANGED = _encode({})
 
 
 class PickerServer:
@@ -99,6 +108,10 @@ class PickerServer:
     async def stop(self, grace: float) -> None:
         """Refuse new connections, and give open ones `grace` seconds."""
         await self._server.stop(grace)
+
+    def explain(self, cluster_name: str, body: bytes, session: str, objective: str) -> dict[str, Any]:
+        """What this request would be answered now, and why, as JSON (picker/explain.py); it is not counted."""
+        return explain(self._picker, cluster_name, body, self._clock(), session, objective)
 
     def _process(self, request: bytes) -> bytes:
         start = self._clock()

@@ -38,6 +38,9 @@ class _Node:
         self.continued = 0.0
 
 
+_NONE = _Node()
+
+
 class HotPrefixes:
     """One pool's decayed counts. Mutable.
 
@@ -52,21 +55,29 @@ class HotPrefixes:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def key(self, hashes: Sequence[bytes], pods: int, now: float) -> bytes | None:
-        """Count this request and return its key, one of `hashes`; None when there are none. `now` in seconds."""
+    def key(self, hashes: Sequence[bytes], pods: int, now: float, *, counted: bool = True) -> bytes | None:
+        """A request's key, one of `hashes`, and count the request; None when there are none. `now` in seconds.
+
+        Unless it is `counted`: then it is the key it would have.
+        """
         one = self._weight(now)
-        self._total += one
-        hot = max(self._total / (2 * pods), MIN_COUNT * one)
+        total = self._total + one
+        if counted:
+            self._total = total
+        hot = max(total / (2 * pods), MIN_COUNT * one)
         key, continued = None, float("inf")
         for chunk in hashes:
-            node = self._touch(chunk)
-            node.count += one
-            if key is None or node.count < BRANCH * continued:
+            node = self._touch(chunk) if counted else self._nodes.get(chunk, _NONE)
+            count = node.count + one
+            if counted:
+                node.count = count
+            if key is None or count < BRANCH * continued:
                 key = chunk
-            if node.count <= hot or chunk is hashes[-1]:
+            if count <= hot or chunk is hashes[-1]:
                 break
-            node.continued += one
-            continued = node.continued
+            continued = node.continued + one
+            if counted:
+                node.continued = continued
         return key
 
     def _touch(self, chunk: bytes) -> _Node:

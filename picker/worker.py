@@ -1,13 +1,15 @@
 """One picker at work: its server, its loads and its end. Alone it is the command's process; of several, a child.
 
 A child is `python -m picker.worker MEMORY CONTROL`, two inherited descriptors: the workers' shared memory, and a socket
-to the parent. The parent writes one line, the settings, and then nothing; when the socket ends, so has the parent, and
-the worker ends as well. The worker writes a line each REPORT seconds: whether it serves, and its metrics.
+to the parent. The parent writes one line, the settings, and then a line for each request that is to be explained; when
+the socket ends, so has the parent, and the worker ends as well. The worker writes a line each REPORT seconds: whether
+it serves, and its metrics; and one for each explanation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import gc
 import json
@@ -18,15 +20,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
 from prometheus_client import generate_latest
 
+from picker.exchange import Inbox, Outbox
+from picker.exchange_client import ExchangeClient
 from picker.listen import AddressError
 from picker.loads import LoadsClient, watch
 from picker.memory import SIZE, Memory
@@ -34,7 +39,9 @@ from picker.metrics import PickerMetrics
 from picker.pick import Picker
 from picker.server import PickerServer
 from xds.log import configure
+from xds.status import Posted
 from xds.tls import TlsError, TlsFiles
+from xds.wire.exchange_pb2 import Hello
 
 GC_THRESHOLD = (50_000, 20, 100)  # objects, then collections: a large body is many objects, and none is in a cycle
 # What malloc keeps for the next large body instead of giving it back to the system, which would hand it out again page
@@ -52,11 +59,17 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a picker is told. `tls` are certificate, key and CA; `worker` is its number among several, -1 for none."""
+    """What a picker is told.
+
+    `exchange` are the servers through which it and other pickers hear one another, and `picker` is its number there.
+    `tls` are certificate, key and CA. `worker` is its number among several, -1 for none.
+    """
 
     server: str
     listen: tuple[str, ...]
     pickers: int
+    exchange: tuple[str, ...]
+    picker: int
     tls: tuple[str, str, str] | None
     log_format: str
     log_level: str
@@ -74,7 +87,7 @@ class Settings:
     def decode(cls, line: bytes) -> Settings:
         fields = json.loads(line)
         tls = tuple(fields.pop("tls") or ())
-        return cls(**fields | {"listen": tuple(fields["listen"]), "tls": tls or None})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("listen", "exchange")}, tls=tls or None)
 
 
 # Says that a picker is there, and how it is; yields where.
@@ -88,7 +101,8 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
     """
     keep_memory()
     metrics = PickerMetrics()
-    picker = Picker(random.random, settings.pickers, memory)
+    outbox = Outbox()
+    picker = Picker(random.random, settings.pickers, memory, outbox.tell)
     server = PickerServer(picker, metrics, time.monotonic, settings.files)
     node_id = f"picker-{os.uname().nodename}-{os.getpid()}"
     client = LoadsClient(
@@ -96,6 +110,17 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
         picker,
         metrics,
         node_id=node_id,
+        clock=time.monotonic,
+        random=random.random,
+        tls=settings.files,
+    )
+    exchange = ExchangeClient(
+        settings.exchange,
+        Hello(picker=settings.picker, deaf=settings.worker > 0, node=node_id),  # of several, one listens for all
+        outbox,
+        Inbox(picker),
+        memory,
+        metrics,
         clock=time.monotonic,
         random=random.random,
         tls=settings.files,
@@ -110,6 +135,7 @@ async def work(settings: Settings, memory: Memory, status: Status, asked: asynci
                 background = [
                     tasks.create_task(client.run()),
                     tasks.create_task(watch(picker, metrics, time.monotonic)),
+                    tasks.create_task(exchange.run()),
                 ]
                 await asked.wait()
                 asked.clear()
@@ -138,6 +164,20 @@ def on_signals(asked: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, asked.set)
 
 
+Explain = Callable[[str, bytes, str, str], Awaitable[dict[str, Any] | None]]  # as PickerServer.explain
+
+
+def explaining(explain: Explain) -> dict[str, Posted]:
+    """/debug/pick, for `serve_status`: a body is posted, and the query has `cluster`, `session` and `objective`."""
+
+    async def pick(query: Mapping[str, str], body: bytes) -> object:
+        if not query.get("cluster"):
+            raise ValueError("expected the query to name a cluster")
+        return await explain(query["cluster"], body, query.get("session", ""), query.get("objective", ""))
+
+    return {"/debug/pick": pick}
+
+
 # --- a child ---
 
 
@@ -145,6 +185,19 @@ def encode_report(metrics: PickerMetrics, *, serving: bool) -> bytes:
     """A line to the parent."""
     report = {"serving": serving, "metrics": generate_latest(metrics.registry).decode()}
     return json.dumps(report).encode() + b"\n"
+
+
+def encode_question(cluster_name: str, body: bytes, session: str, objective: str) -> bytes:
+    """A line to a worker: what `PickerServer.explain` is to be asked."""
+    question = {"cluster_name": cluster_name, "session": session, "objective": objective}
+    return json.dumps(question | {"body": base64.b64encode(body).decode()}).encode() + b"\n"
+
+
+def answer(question: bytes, server: PickerServer, worker: int) -> bytes:
+    """The line to the parent that answers it."""
+    fields = json.loads(question)
+    explained = server.explain(**fields | {"body": base64.b64decode(fields["body"])})
+    return json.dumps({"explained": {**explained, "worker": worker}}).encode() + b"\n"
 
 
 async def _child(memory: Memory, control: socket.socket) -> None:
@@ -162,14 +215,15 @@ async def _child(memory: Memory, control: socket.socket) -> None:
                 await writer.drain()
             await asyncio.sleep(REPORT if server.serving else REPORT / 10)
 
-    async def parent_gone() -> None:
+    async def parent_asks(server: PickerServer) -> None:
         with suppress(ConnectionError):  # a report that could not be written
-            await reader.read()
+            while question := await reader.readline():
+                writer.write(answer(question, server, settings.worker))
         asked.set()
 
     @asynccontextmanager
     async def status(metrics: PickerMetrics, server: PickerServer) -> AsyncIterator[str]:
-        tasks = [asyncio.create_task(each) for each in (reported(metrics, server), parent_gone())]
+        tasks = [asyncio.create_task(each) for each in (reported(metrics, server), parent_asks(server))]
         try:
             yield "parent"
         finally:

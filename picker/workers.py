@@ -15,9 +15,11 @@ import json
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter
@@ -27,7 +29,7 @@ from prometheus_client.registry import Collector
 
 import bootstrap
 from picker.memory import SIZE
-from picker.worker import DRAIN, GRACE, LINE, Settings, on_signals
+from picker.worker import DRAIN, GRACE, LINE, Settings, encode_question, explaining, on_signals
 from xds.status import serve_status
 
 BACKOFF = 0.1  # seconds before a worker is started again, doubled each time it ends before STEADY
@@ -53,6 +55,8 @@ class _Worker:
         self.served = False  # ever
         self._memory = memory
         self._process: asyncio.subprocess.Process | None = None
+        self._control: asyncio.StreamWriter | None = None
+        self._asked: deque[asyncio.Future[dict[str, Any] | None]] = deque()  # it answers in this order
 
     async def run(self) -> int:
         """Start it and follow its reports until it ends; its exit status."""
@@ -72,6 +76,7 @@ class _Worker:
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE)
         try:
             writer.write(self.settings.encode())
+            self._control = writer
             await self._follow(reader)
             return await asyncio.wait_for(process.wait(), LAST)
         except TimeoutError:
@@ -83,14 +88,29 @@ class _Worker:
             raise
         finally:
             self.serving = False
+            self._control = None
+            while self._asked:
+                _answer(self._asked.popleft(), None)
             writer.close()
 
     async def _follow(self, reader: asyncio.StreamReader) -> None:
         with suppress(ConnectionError):
             while line := await asyncio.wait_for(reader.readline(), SILENT):
                 report = json.loads(line)
+                if explained := report.get("explained"):
+                    _answer(self._asked.popleft(), explained)
+                    continue
                 self.serving, self.metrics = report["serving"], report["metrics"]
                 self.served = self.served or self.serving
+
+    async def explain(self, question: bytes) -> dict[str, Any] | None:
+        """Its answer to an `encode_question`; None when it ends before."""
+        if self._control is None:
+            return None
+        answered: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+        self._asked.append(answered)
+        self._control.write(question)
+        return await answered
 
     def terminate(self) -> None:
         if self._process is not None:
@@ -101,6 +121,11 @@ class _Worker:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def _answer(asked: asyncio.Future[dict[str, Any] | None], explained: dict[str, Any] | None) -> None:
+    if not asked.done():  # whoever asked may have gone
+        asked.set_result(explained)
 
 
 class Workers(Collector):
@@ -130,6 +155,13 @@ class Workers(Collector):
             and all(each.served for each in self._workers)
             and any(each.serving for each in self._workers)
         )
+
+    async def explain(self, cluster_name: str, body: bytes, session: str, objective: str) -> dict[str, Any] | None:
+        """What one of them would answer to a request, and why; None when none serves."""
+        for worker in self._workers:
+            if worker.serving:
+                return await worker.explain(encode_question(cluster_name, body, session, objective))
+        return None
 
     async def run(self, asked: asyncio.Event) -> None:
         """Keep all of them running until `asked` is set, then end them; WorkerError: one cannot start."""
@@ -196,7 +228,8 @@ async def supervise(settings: Settings, count: int, host: str, port: int) -> Non
     workers = Workers(settings, count)
     asked = asyncio.Event()
     on_signals(asked)
-    async with serve_status(host, port, workers.registry, lambda: workers.serving) as metrics_port:
+    posted = explaining(workers.explain)
+    async with serve_status(host, port, workers.registry, lambda: workers.serving, posted=posted) as metrics_port:
         log.info("workers started", workers=count, metrics=f"{host}:{metrics_port}")
         await workers.run(asked)
         log.info("workers stopped")

@@ -46,6 +46,24 @@ def test_a_name_is_looked_up_and_an_address_is_not(server: str, address: dict[st
     assert document["static_resources"]["clusters"][0]["type"] == discovery
 
 
+def test_two_pages_of_the_admin_api_are_shown_where_asked_for() -> None:
+    """GET /ready and /stats/prometheus at `status`, from the admin API wherever that is; by default nowhere."""
+    resources = rendered(admin="127.0.0.1:1", status="[::]:19003")["static_resources"]
+    (listener,) = resources["listeners"]
+    assert listener["address"] == {"socket_address": {"address": "::", "port_value": 19003}}
+    (filters,) = listener["filter_chains"]
+    (host,) = filters["filters"][0]["typed_config"]["route_config"]["virtual_hosts"]
+    get = [{"name": ":method", "string_match": {"exact": "GET"}}]
+    assert [route["match"] for route in host["routes"]] == [
+        {"path": path, "headers": get} for path in ("/ready", "/stats/prometheus")
+    ]
+    admin = resources["clusters"][0]
+    assert {route["route"]["cluster"] for route in host["routes"]} == {admin["name"]}
+    (endpoint,) = admin["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert endpoint["endpoint"]["address"] == {"socket_address": {"address": "127.0.0.1", "port_value": 1}}
+    assert "listeners" not in rendered()["static_resources"]
+
+
 NAMES = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=30)
 
 
@@ -74,11 +92,13 @@ def test_names_are_what_was_given(node_id: str, node_cluster: str) -> None:
     ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
-    """By a sentence, for the server as for the admin API."""
+    """By a sentence, for the server as for the admin API and its two pages."""
     with pytest.raises(ValueError, match="expected HOST:PORT"):
         bootstrap.render(text)
     with pytest.raises(ValueError, match="expected HOST:PORT"):
         bootstrap.render(admin=text)
+    with pytest.raises(ValueError, match="expected HOST:PORT"):
+        bootstrap.render(status=text)
 
 
 @pytest.mark.parametrize("given", [{"node_id": "\udcff"}, {"node_cluster": "a\ud800"}, {"tls_sds": "/\udcff"}])

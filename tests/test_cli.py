@@ -34,7 +34,7 @@ from xds.model import ObjectRef
 from xds.serve import MOST_FILES
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
-OURS = ("serve", "check", "status", "bootstrap")
+OURS = ("serve", "check", "status", "bootstrap", "explain")
 
 
 # --- help and mistakes ---

@@ -71,9 +71,11 @@ def test_real_envoy_accepts_it(name: str, tmp_path: Path) -> None:
 @pytest.mark.envoy
 @pytest.mark.parametrize("delta", [True, False])
 def test_real_envoy_accepts_the_bootstrap(tmp_path: Path, *, delta: bool) -> None:
-    """Both variants, a host name and an IPv6 address are bootstraps Envoy takes."""
+    """Both variants, a host name, IPv6 addresses and a status page are bootstraps Envoy takes."""
     config = tmp_path / "envoy.yaml"
-    config.write_text(bootstrap.render("xds.example.com:18000", 'quote"d', "c", "[::1]:19000", delta=delta))
+    status = "[::1]:19003" if delta else None
+    text = bootstrap.render("xds.example.com:18000", 'quote"d', "c", "[::1]:19000", delta=delta, status=status)
+    config.write_text(text)
     command = [find_envoy(), "-c", str(config), "--mode", "validate", "--use-dynamic-base-id"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -93,4 +93,11 @@ def test_wheel_carries_its_data(tmp_path: Path) -> None:
     assert data | typed <= names
     info = f"vllm_xds-{PROJECT['project']['version']}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
-    assert {name.partition("/")[0] for name in names} == {"xds", "picker", "bootstrap", "bench", "manifests", info}
+    assert {name.partition("/")[0] for name in names} == {
+        "xds",
+        "picker",
+        "bootstrap",
+        "bench",
+        "manifests",
+        info,
+    }

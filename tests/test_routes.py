@@ -1,5 +1,7 @@
 """Routes, evaluated: one real Envoy with a static configuration of ours in front of an upstream that echoes.
 
+Whatever a test asks, the route that Envoy says it has taken is held against the one xds/match.py finds.
+
 Redirects, whose Location depends on the listener's port, are looked at on ports 80 and 8080: Envoy listens on free
 ports instead, and is told of the others by nothing but its routes.
 """
@@ -8,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from tests.objects import (
     service,
 )
 from xds.envoy import Options
+from xds.match import Found, Request, body_model, find
 from xds.model import (
     Filters,
     HeaderModifier,
@@ -46,10 +50,12 @@ from xds.model import (
     Object,
     PathMatch,
     PathModifier,
+    PortListener,
     RequestRedirect,
     RouteMatch,
     RouteRule,
     Strategy,
+    Topology,
     URLRewrite,
     ValueMatch,
 )
@@ -194,6 +200,15 @@ def objects(upstream: int) -> list[Object]:
             rule(matches=[prefix("/plain")]),
             rule(matches=[prefix("/old")], filters=redirected(hostname="new.test", port=80)),
         ),
+        on_host(
+            "odd.test",
+            rule(matches=[prefix("/host", headers=(value("host", "odd.test:1"),))]),
+            rule(matches=[prefix("/scheme", headers=(value("x-forwarded-proto", "http"),))]),
+            rule(matches=[RouteMatch(PathMatch(MatchType.REGEX, "/a/.{3}/(b|c+)/?"))]),
+            rule(matches=[prefix("/any", headers=(value("x-gateway-model-name", ".*", MatchType.REGEX),))]),
+            rule(matches=[prefix("/a/b", query=(value("q", "%61", MatchType.EXACT),)), exact("/a/b/")]),
+            rule(matches=[prefix("/a/b/c", headers=(value("x-a", "[^,]", MatchType.REGEX),)), prefix("/a")]),
+        ),
     ]
 
 
@@ -201,6 +216,7 @@ ADDRESSES = {"web": "127.9.0.1", "other": "127.9.0.2", "llm": "127.9.0.3"}
 BACKENDS = {ip: name for name, ip in ADDRESSES.items()}
 
 
+OWN_ROUTES = ("no-match", "unsendable-model")  # ours, and no HTTPRoute's
 WORKERS_STARTED = {"stats": [{"name": "listener_manager.workers_started", "value": 1}]}
 
 
@@ -209,6 +225,7 @@ class Proxy:
     """Envoy's two ports, by the number its Gateway gives them, and a client."""
 
     ports: dict[int, int]
+    listeners: dict[int, PortListener]
     session: aiohttp.ClientSession
 
     async def ask(
@@ -219,8 +236,17 @@ class Proxy:
         headers = {"Host": host, **kw.pop("headers", {})}
         async with self.session.request(method, url, headers=headers, allow_redirects=False, **kw) as response:
             text = await response.text()
+            taken = response.headers.get("X-Vllm-Route")
+            body = json.dumps(kw["json"]).encode() if "json" in kw else kw.get("data", b"")
+            self.explained(port, Request(method, host, path, tuple(headers.items()), body_model(body)[0]), taken)
             echoed = response.headers.get("X-Upstream") == "echo"
             return response.status, json.loads(text) if echoed else text, response
+
+    def explained(self, port: int, request: Request, taken: str | None) -> Found:
+        """What our own matching finds, which has to be what Envoy has taken."""
+        found = find(self.listeners[port], request)
+        assert (found.route and found.route.name) == (None if taken in OWN_ROUTES else taken), request
+        return found
 
     async def location(self, host: str, path: str, port: int = 8080) -> tuple[int, str]:
         status, _, response = await self.ask(host, path, port=port)
@@ -248,9 +274,9 @@ async def echo(request: web.Request) -> web.Response:
     )
 
 
-def static(upstream: int, ports: dict[int, int], admin: int) -> dict[str, Any]:
+def static(topology: Topology, ports: dict[int, int], admin: int) -> dict[str, Any]:
     """Our resources as one static configuration, on other ports."""
-    snapshot = translate(resolve(config(*objects(upstream))), Options(bind="127.0.0.1", pickers=("127.0.0.1:1",)), {})
+    snapshot = translate(topology, Options(bind="127.0.0.1", pickers=("127.0.0.1:1",), debug_headers=True), {})
     listeners, routes, clusters, endpoints = (decoded(snapshot, *OUTPUTS[file]) for file in OUTPUTS)
     by_name = {each["name"]: each | {"validate_clusters": False} for each in routes}
     for each in listeners:
@@ -272,7 +298,7 @@ def static(upstream: int, ports: dict[int, int], admin: int) -> dict[str, Any]:
 async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", echo)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, max_field_size=1 << 14)
     await runner.setup()
     site = web.TCPSite(runner, "0.0.0.0", 0)
     await site.start()
@@ -280,7 +306,8 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
     folder: Path = tmp_path_factory.mktemp("routes")
     ports = {80: free_port(), 8080: free_port()}
     admin = free_port()
-    (folder / "envoy.json").write_text(json.dumps(static(upstream, ports, admin)))
+    topology = resolve(config(*objects(upstream)))
+    (folder / "envoy.json").write_text(json.dumps(static(topology, ports, admin)))
     async with (
         Envoy(folder / "envoy.json", f"127.0.0.1:{admin}", folder / "envoy.log") as envoy,
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
@@ -289,7 +316,7 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
         async with asyncio.timeout(20):  # its workers listen a moment later
             while await envoy.get("/stats?format=json&filter=workers_started") != WORKERS_STARTED:
                 pass
-        yield Proxy(ports, session)
+        yield Proxy(ports, {each.port: each for each in topology.listeners}, session)
     await runner.cleanup()
 
 
@@ -347,6 +374,132 @@ async def test_matches(proxy: Proxy, path: str, kw: dict[str, Any], expected: st
 async def test_hostnames(proxy: Proxy, host: str, path: str, expected: str | int) -> None:
     """The exact name first, then wider ones, whatever port and case the client wrote; never another listener's."""
     assert await proxy.reached(host, path) == expected
+
+
+MATCHING = [  # a request for each kind of match
+    ("matches.test", "GET", "/exact", ()),
+    ("matches.test", "GET", "/exact/more", ()),
+    ("matches.test", "GET", "/r12", ()),
+    ("matches.test", "POST", "/m", ()),
+    ("matches.test", "GET", "/h", (("x-a", "1"), ("x-b", "42"))),
+    ("matches.test", "GET", "/q?a=1&b=x", ()),
+    ("x.matches.test", "GET", "/wild", ()),
+    ("one.matches.test", "GET", "/one", ()),
+    ("else.test", "GET", "/anywhere", ()),
+    ("x.isolated.test", "GET", "/anywhere", ()),
+    ("odd.test:1", "GET", "/host", ()),
+    ("odd.test", "GET", "/scheme", ()),
+    ("odd.test", "GET", "/a/abc/cc/", ()),
+    ("odd.test", "GET", "/a/b?q=%61", ()),
+    ("odd.test", "GET", "/a/b/", ()),
+    ("odd.test", "GET", "/a/b/c", (("x-a", "2"),)),
+    ("model.test", "POST", "/plain", ()),
+    ("model.test", "POST", "/old", ()),
+]
+SPELLINGS = [
+    *(
+        ("/", text)
+        for text in ("//", "/./", "/b/../", "/../", "/%2e/", "/%2E%2e/a/", "/%2F", "/a%5c..%2f", "\\", "/%20/", "/;x/")
+    ),
+    *(("a", text) for text in ("%61", "A", "%zz", "a#a", "a?a", "a&a")),
+    *(("1", text) for text in ("%31", "1&a=1", "2&a=1", "1=1")),
+]
+HOSTS = [
+    "x.matches.test",
+    "X.Matches.TEST:80",
+    "x.y.matches.test",
+    "one-matches.test",
+    ".matches.test",
+    "x..matches.test",
+]
+HOSTS += ["matches.test", "matches.test.", "x.matches.test:x", "x.matches.test:", "[::1]:80", "[::1]", "*.matches.test"]
+HEADERS = [
+    ("x-a", "1"),
+    ("x-a", "2"),
+    ("X-A", "1,2"),
+    ("x-b", "42"),
+    ("x-gateway-model-name", "large"),
+    ("x-vllm-x", "1"),
+]
+BODIES = [
+    *(
+        b'{"model":"%s"}' % name
+        for name in (b"small", b"large", b"", b"a\\nb", b"\\u0000", b"l\\u0061rge", b"a" * 8192, b"a" * 8193)
+    ),
+    *(b'{"n":%s,"model":"large"}' % n for n in (b"1", b"1.5", b"-0", b"01", b"NaN", b"1e308", b"1e309", b"9" * 400)),
+    *(
+        b'{"n":%d,"model":"large"}' % n
+        for n in ((1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, -(1 << 63), -(1 << 63) - 1)
+    ),
+    *(
+        b'{"x":%s,"model":"large"}' % x
+        for x in (b'"\\ud800"', b'"\xff"', b'"\x01"', b'"\x7f"', b'"\\x41"', b"[" * 900 + b"]" * 900)
+    ),
+    *(
+        b"",
+        b"model",
+        b'["model"]',
+        b'{"model":["large"]}',
+        b'{"model":3}',
+        b'{"model":null}',
+        b'{"model":"small","model":"large"}',
+    ),
+    *(b'\xef\xbb\xbf{"model":"large"}', b' {"model":"large"}\n', b'{"model":"large"} x', b'{"model":"large",}', b"{"),
+]
+
+
+async def test_odd_requests(proxy: Proxy) -> None:
+    """Paths that are normalised, hosts, repeated headers and parameters, bodies at the edge of JSON: for each one Envoy
+    takes the route that our matching finds, or answers itself with the status that it says."""
+    rng = random.Random(1)
+    asked = [(_odd(rng, *rng.choice(MATCHING)), b"") for _ in range(600)]
+    asked += [(Request("GET", host, "/wild"), b"") for host in HOSTS]
+    for values in (("1", "2"), ("2", "1"), ("1,2",), (" 1 ",), ("",)):
+        headers = tuple(("x-a", value) for value in values)
+        asked += [(Request("GET", "matches.test", "/h", (*headers, ("x-b", "42"))), b"")]
+        asked += [(Request("GET", "odd.test", "/a/b/c", headers), b"")]
+    asked += [(Request("POST", host, "/any"), body) for host in ("model.test", "odd.test") for body in BODIES]
+    taken: Counter[str] = Counter()
+    for request, body in asked:
+        status, route = await _raw(proxy.ports[8080], request, body)
+        found = proxy.explained(8080, replace(request, model=body_model(body)[0]), route)
+        assert (found.status or status) == status, request
+        taken[route or str(status)] += 1
+    routes = {
+        route.name
+        for host in proxy.listeners[8080].virtual_hosts
+        for route in host.routes
+        if host.hostname.endswith(("odd.test", "matches.test")) and "/anywhere/" not in route.name
+    }
+    assert {"400", "307", "404", "no-match", "unsendable-model", "default/model.test/1/0", *routes} <= set(taken)
+
+
+def _odd(rng: random.Random, host: str, method: str, path: str, headers: tuple[tuple[str, str], ...]) -> Request:
+    """The request, or something like it."""
+    for old, new in rng.choices(SPELLINGS, k=rng.randint(0, 2)):
+        path = path[:1] + path[1:].replace(old, new, 1)
+    if rng.random() < 0.3:
+        path += rng.choice(["/", "/x", "/..", "/.", "?", "?x=1"])
+    if rng.random() < 0.3:
+        headers = tuple(rng.sample([*headers, *HEADERS], k=rng.randint(0, 3)))
+    return Request(method if rng.random() < 0.9 else "PUT", host, path, headers)
+
+
+async def _raw(port: int, request: Request, body: bytes) -> tuple[int, str | None]:
+    """Status and route of a request that no client would write."""
+    lines = [
+        f"{request.method} {request.path} HTTP/1.1",
+        *(f"{name}: {text}" for name, text in (("Host", request.host), *request.headers)),
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+    async with asyncio.timeout(20):
+        head, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    writer.close()
+    routes = [line.partition(": ")[2] for line in fields if line.startswith("x-vllm-route: ")]
+    return int(head.split()[1]), routes[0] if routes else None
 
 
 # --- filters ---

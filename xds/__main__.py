@@ -18,6 +18,10 @@ COMMANDS = {  # name -> (module with add_arguments(parser) and run(args) -> exit
     "bootstrap": ("bootstrap.__main__", "print the bootstrap of an Envoy that asks this management server"),
     "check": ("xds.check", "say what `serve` would reject and serve of a directory, without serving it"),
     "status": ("xds.show", "show what a running server serves, from which loads, to whom, and what is wrong"),
+    "explain": (
+        "picker.explain_main",
+        "say which way a request takes, what each pod would cost it, and which is picked",
+    ),
     "demo": ("bench.demo", "run everything on this machine, with simulated pods, and compare both ports"),
 }
 

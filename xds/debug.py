@@ -1,4 +1,7 @@
-"""/debug/snapshot and /debug/clients: what is served now, from which loads, and what each client has of it."""
+"""What a running server serves now, from which loads, and what each client has of it; the route a request would take.
+
+GET /debug/snapshot, /debug/clients        POST /debug/route (for `vllm-xds explain`)
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from envoy_data_plane.google.protobuf import Any as PackedMessage
 from google.protobuf.json_format import MessageToDict
 
 from xds.control import Control
+from xds.explain import explain_route
 from xds.in_flight import Reported
 from xds.kube_writer import StatusWriter
 from xds.model import Cluster, Endpoint, Rejection, authority
 from xds.snapshot import ENDPOINT, POOL_CONFIG, POOL_LOAD, SECRET, TYPES, Snapshot, label
-from xds.status import Page
+from xds.status import Page, Posted
 from xds.weights import BASE, Pool
 from xds.wire import discovery_pb2, endpoint_pb2, load_pb2, pool_config_pb2
 
@@ -42,6 +46,15 @@ def pages(control: Control, writer: StatusWriter | None = None) -> dict[str, Pag
         return {"clients": [asdict(client) for client in control.server.clients()]}
 
     return {"/debug/snapshot": snapshot_page, "/debug/clients": clients_page}
+
+
+def posted(control: Control) -> dict[str, Posted]:
+    """Path -> what answers a question posted there, for `serve_status`."""
+
+    async def route(_: Mapping[str, str], question: bytes) -> object:
+        return explain_route(control.topology, question)
+
+    return {"/debug/route": route}
 
 
 def describe(control: Control) -> dict[str, Any]:

@@ -29,6 +29,7 @@ UNREAD_KEY = "unread"  # the same, where there is no model to be read
 MISSING, UNREADABLE = "missing", "unreadable"  # values of UNREAD_KEY
 PICKER_NAMESPACE, PICKER_KEY = "picker", "key"  # dynamic metadata the picker answers with
 NAMED_KEY = "named"  # there when the picker has seen to the model's name
+REASON_KEY, POD_KEY = "reason", "pod"  # how the key came about, and whose it is: for logs alone
 REFUSED_KEY, PICKER_MODEL_KEY = "refused", "model"  # "404" or "429" when it refuses the request, and what was asked for
 MARK = "vllm-xds.answered"  # filter state, with itself as its value, from when the picker has answered or failed
 OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")  # where both are, the last counts
@@ -55,6 +56,7 @@ class Options:
     `bind` is the address listeners bind. `pickers` are ext_proc addresses as Envoy reaches them: `host:port` or
     `unix:/path`. `picker_timeout` in seconds: what a hung picker may cost a request before it goes on unpicked.
     `picker_tls_sds` is the directory on the Envoys' machines with `bootstrap.secrets`' files; None: plaintext.
+    `access_log` and `debug_headers` are what xds/access_log.py has of each request.
     ValueError, with a sentence: an Envoy would refuse its listeners, or the picker's cluster, for this.
     """
 
@@ -62,6 +64,8 @@ class Options:
     pickers: tuple[str, ...] = ("127.0.0.1:18001",)
     picker_timeout: float = 0.2
     picker_tls_sds: str | None = None
+    access_log: bool = False
+    debug_headers: bool = False
 
     def __post_init__(self) -> None:
         bind = ipaddress.ip_address(self.bind)

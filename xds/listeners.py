@@ -76,6 +76,7 @@ from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
 from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
 from envoy_data_plane.google.protobuf import Any, Value
 
+from xds.access_log import access_log
 from xds.envoy import (
     BODY_LIMIT,
     BUFFER,
@@ -149,6 +150,7 @@ def _manager(stat_prefix: str, table: str, options: Options) -> Filter:
         stat_prefix=stat_prefix,
         rds=Rds(config_source=ads(), route_config_name=table),
         http_filters=_filters(options),
+        access_log=[access_log()] if options.access_log else [],
         early_header_mutation_extensions=[
             typed(
                 "envoy.http.early_header_mutation.header_mutation",

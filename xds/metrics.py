@@ -89,6 +89,13 @@ class Metrics:
             registry=r,
             buckets=(0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
         )
+        # exchange between pickers
+        self.exchange_pickers = Gauge("vllm_xds_exchange_pickers", "Pickers that take part.", registry=r)
+        self.exchange_batches = Counter("vllm_xds_exchange_batches", "Batches pickers have told.", registry=r)
+        self.exchange_bytes = Counter("vllm_xds_exchange_bytes", "Bytes handed on to other pickers.", registry=r)
+        self.exchange_dropped = Counter(
+            "vllm_xds_exchange_dropped", "Batches that a picker did not read in time.", registry=r
+        )
 
 
 @dataclass(frozen=True, slots=True)

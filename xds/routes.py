@@ -55,6 +55,7 @@ from envoy_data_plane.envoy.type.matcher.v3 import (
 from envoy_data_plane.google.protobuf import Any
 
 from xds import model
+from xds.access_log import debug_headers
 from xds.envoy import (
     BODY_LIMIT,
     BUFFER,
@@ -98,13 +99,18 @@ _STATUS = {
 _WELL_KNOWN = {"http": 80, "https": 443}
 
 
-def route_configuration(name: str, virtual_hosts: Iterable[model.VirtualHost], port: int, *, tls: bool) -> bytes:
+def route_configuration(
+    name: str, virtual_hosts: Iterable[model.VirtualHost], port: int, *, tls: bool, debug: bool = False
+) -> bytes:
     """The encoded RDS resource `name` of a listener's port; hostnames match whatever port the client wrote behind them.
+
+    With `debug` answers have the headers of xds/access_log.py.
 
     A route takes a millisecond to build and to encode, so what it comes to is kept: a message is its fields one after
     the other, and those of equal routes are copied.
     """
-    head = bytes(RouteConfiguration(name=name, ignore_port_in_host_matching=True))
+    added = debug_headers() if debug else []
+    head = bytes(RouteConfiguration(name=name, ignore_port_in_host_matching=True, response_headers_to_add=added))
     return head + b"".join(part for host in virtual_hosts for part in _field(2, _virtual_host(host, port, tls=tls)))
 
 

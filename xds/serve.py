@@ -25,6 +25,7 @@ from xds import debug, log, tls
 from xds.control import Control
 from xds.directory import DirectoryError, DirectorySource
 from xds.envoy import Options
+from xds.exchange import Exchange
 from xds.kube import KubernetesSource
 from xds.kube_client import KubeError, connect, own_namespace
 from xds.kube_writer import Options as WriterOptions
@@ -138,6 +139,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a hung picker may cost a request before it goes on without a pick",
     )
     parser.add_argument(
+        "--access-log",
+        action="store_true",
+        help="Envoys write a line of JSON for each request to their standard output: which pod was picked, which has "
+        "served (docs/explain.md)",
+    )
+    parser.add_argument(
+        "--debug-headers",
+        action="store_true",
+        help="answers tell their clients the same in x-vllm-route, x-vllm-reason, x-vllm-picked and x-vllm-pod",
+    )
+    parser.add_argument(
         "--scrape-interval",
         metavar="SECONDS",
         type=positive,
@@ -227,7 +239,14 @@ def _check_kubernetes(args: argparse.Namespace) -> None:
 def options(args: argparse.Namespace) -> Options:
     """What the operator says about the Envoys; every worker of every picker is one to them. ValueError, a sentence."""
     workers = (bootstrap.worker_addresses(address, args.picker_workers) for address in args.picker or Options().pickers)
-    return Options(args.bind, tuple(chain.from_iterable(workers)), args.picker_timeout, args.picker_tls_sds)
+    return Options(
+        args.bind,
+        tuple(chain.from_iterable(workers)),
+        args.picker_timeout,
+        args.picker_tls_sds,
+        access_log=args.access_log,
+        debug_headers=args.debug_headers,
+    )
 
 
 async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles | None) -> None:
@@ -258,9 +277,9 @@ async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles 
                     await control.run(configs)
 
         host, port = bootstrap.split_address(args.status)
-        pages = debug.pages(control, writer)
-        async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages):
-            await server.start(args.listen, files, [reports.handler()])
+        pages, posted = debug.pages(control, writer), debug.posted(control)
+        async with serve_status(host, port, metrics.registry, lambda: control.snapshot is not None, pages, posted):
+            await server.start(args.listen, files, [reports.handler(), Exchange(metrics).handler()])
             try:
                 await until_signal(work())
                 events.info("server stopped")

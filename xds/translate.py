@@ -46,7 +46,11 @@ def translate(topology: Topology, options: Options, weights: Weights) -> Snapsho
     return Snapshot.of(
         {
             LISTENER: [_listener(_without_routes(port), options) for port in topology.listeners],
-            ROUTE: [_routes(*table, port) for port in topology.listeners for table in route_tables(port)],
+            ROUTE: [
+                _routes(*table, port, debug=options.debug_headers)
+                for port in topology.listeners
+                for table in route_tables(port)
+            ],
             SECRET: [_secret(each) for each in topology.secrets],
             CLUSTER: [_cluster(replace(c, endpoints=())) for c in topology.clusters] + [_picker_cluster(options)],
             ENDPOINT: [_endpoints(c, weights) for c in topology.clusters],
@@ -82,11 +86,11 @@ def _listener(port: PortListener, options: Options) -> Resource:
     return make_resource(LISTENER, listener_name(port), bytes(listener(port, options)), refs)
 
 
-def _routes(table: str, hosts: tuple[VirtualHost, ...], port: PortListener) -> Resource:
+def _routes(table: str, hosts: tuple[VirtualHost, ...], port: PortListener, *, debug: bool) -> Resource:
     actions = [route.action for host in hosts for route in host.routes]
     names = {name for action in actions if isinstance(action, Forward) for name, _, _ in action.clusters if name}
     refs: list[Ref] = [(CLUSTER, name) for name in sorted(names)]
-    body = route_configuration(table, hosts, port.port, tls=bool(port.chains))
+    body = route_configuration(table, hosts, port.port, tls=bool(port.chains), debug=debug)
     return make_resource(ROUTE, table, body, refs=refs)
 
 

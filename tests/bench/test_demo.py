@@ -23,8 +23,10 @@ from rich.console import Console
 
 from bench.demo import is_better
 from bench.load import Summary
-from bench.stack import MANIFESTS, Child, Plan, Stack, StackError, plan, write_manifests
+from bench.stack import MANIFESTS, Child, Plan, Stack, StackError, fleet_options, plan, write_manifests
 from bench.table import PodRow, PortRow, Status, View, line, screen
+from bench.vllm_engine import EngineConfig
+from bench.vllm_pod import fleet, parser
 
 WORSE = Summary(requests=10, errors=0, hit_ratio=0.4, ttft_p50=0.5, ttft_p99=2.0, ttft_mean=0.7)
 BETTER = Summary(requests=10, errors=0, hit_ratio=0.8, ttft_p50=0.1, ttft_p99=1.0, ttft_mean=0.2)
@@ -111,6 +113,24 @@ def test_the_manifests_follow_the_plan(tmp_path: Path) -> None:
     assert [pod["metadata"]["name"] for pod in documents] == [f"qwen-{index}" for index in range(12)]
     assert [pod["status"]["podIP"] for pod in documents] == [f"127.2.0.{index}" for index in range(1, 13)]
     assert {pod["metadata"]["labels"]["app"] for pod in documents} == {"qwen"}
+
+
+def test_the_pool_s_strategy_can_be_another(tmp_path: Path) -> None:
+    """The annotation alone differs."""
+    usual = Plan(pods=tuple(f"127.1.0.{index}:8000" for index in range(1, 9)))
+    write_manifests(usual, tmp_path / "config", "DEFAULT")
+    pool = (tmp_path / "config" / "pool.yaml").read_text()
+    assert next(yaml.safe_load_all(pool))["metadata"]["annotations"] == {
+        "inference.networking.x-k8s.io/routing-strategy": "DEFAULT"
+    }
+    assert pool.replace(": DEFAULT\n", ": PREFIX_CACHE\n") == (MANIFESTS / "pool.yaml").read_text()
+
+
+def test_a_fleet_is_what_was_asked_for() -> None:
+    """The pods' command line understands every option; the last pod alone is slower."""
+    config = EngineConfig(speed=0.5, num_gpu_blocks=300, step_base=0.01)
+    made = fleet(parser().parse_args(["--count", "3", *fleet_options(config, 3, slow=True)]))
+    assert [pod.config for pod in made] == [config, config, replace(config, speed=0.25)]
 
 
 # --- view

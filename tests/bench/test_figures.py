@@ -13,6 +13,7 @@ import pytest
 
 from bench import (
     change_ack,
+    exchange_cost,
     figures,
     many_clients,
     page_cost,
@@ -238,12 +239,23 @@ async def test_other_servers_answer(name: str) -> None:
         await server.stop(0)
 
 
-def test_workers_pick_as_one() -> None:
-    """A row for one worker, and for two with and without shared memory; sharing loses no hits."""
+def test_workers_and_pickers_pick_as_one() -> None:
+    """A row for one, and for two as workers, with and without exchange; neither of the first two loses hits."""
     table = worker_hits.measure((1, 2), requests=1200, seeds=(1,))
-    assert [row[0] for row in table.rows] == ["1, one", "2, shared", "2, separate"]
-    one, shared, separate = (float(row[1]) for row in table.rows)
-    assert abs(one - shared) < 1 < one - separate
+    assert [row[0] for row in table.rows] == ["1 picker", "2 workers", "2 pickers, exchange", "2 pickers, no exchange"]
+    one, shared, heard, apart = (float(row[1]) for row in table.rows)
+    assert abs(one - shared) < 1 < one - apart
+    assert abs(one - heard) < 1
+
+
+async def test_what_the_exchange_costs() -> None:
+    """One picker tells nothing, and hears only that it is alone; two hear nearly all that they tell, and it costs."""
+    table = await exchange_cost.measure(((1, 50), (2, 200)), seconds=0.6, requests=200)
+    (alone, told, _, noted, *_), two = table.rows
+    assert (alone, float(told), noted) == ("1, 50", 0, "-")
+    assert two[0] == "2, 200"
+    assert positive(two[1:])
+    assert 30 < float(two[3]) < 130
 
 
 def test_memory_of_new_prompts() -> None:

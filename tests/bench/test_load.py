@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,7 @@ from bench.load import (
     Workload,
     error_kinds,
     events,
+    keep_under_way,
     percentile,
     replay,
     schedule,
@@ -100,6 +102,7 @@ async def test_an_answer_is_measured(http: aiohttp.ClientSession) -> None:
     assert cold.seconds - cold.ttft > 49 * FAST.step_base / FAST.speed * 0.8  # the other 49 tokens came later
     assert (warm.error, warm.prompt_tokens) == ("", cold.prompt_tokens)
     assert 900 < warm.cached_tokens < warm.prompt_tokens
+    assert warm.output_tokens == 50
 
 
 async def test_errors_are_told_apart(http: aiohttp.ClientSession) -> None:
@@ -180,6 +183,39 @@ async def test_the_loop_is_open(http: aiohttp.ClientSession) -> None:
     assert loop.time() - began >= 0.08
     assert sorted(bodies) == [b"0", b"1", b"2", b"3", b"4"]
     assert [answer.error for answer in answers] == [""] * 5
+
+
+async def test_a_closed_loop_keeps_so_many_under_way(http: aiohttp.ClientSession) -> None:
+    """Three at a time and never a fourth, each body once and in order, all answered; none is sent after the end."""
+    bodies: list[bytes] = []
+    under_way = most = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal under_way, most
+        bodies.append(await request.read())
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.02)  # what an answer takes
+        under_way -= 1
+        return web.Response(body=TOKEN + b"data: [DONE]\n\n")
+
+    answers: list[tuple[float, Answer]] = []
+    numbers = (b"%d" % number for number in itertools.count())
+    async with served(handler) as url, asyncio.timeout(10):
+        await keep_under_way(http, url, numbers, 3, 0.1, 0.3, lambda *answer: answers.append(answer))
+    assert most == 3
+    assert sorted(map(int, bodies)) == list(range(len(answers)))
+    assert {answer.error for _, answer in answers} == {""}
+    assert all(0 <= sent < 0.4 for sent, _ in answers)
+
+
+async def test_a_closed_loop_does_not_hammer(http: aiohttp.ClientSession) -> None:
+    """Each of two that is refused waits before it asks again: two requests in less time than that, not hundreds."""
+    answers: list[Answer] = []
+    url = f"http://127.0.0.1:{free_port()}/"
+    async with asyncio.timeout(10):
+        await keep_under_way(http, url, itertools.repeat(b""), 2, 0.0, 0.3, lambda _, answer: answers.append(answer))
+    assert [answer.error for answer in answers] == ["ClientConnectorError"] * 2
 
 
 @given(st.lists(st.binary(max_size=20).filter(lambda data: b"\n" not in data)), st.lists(st.integers(0, 200)))

@@ -26,6 +26,7 @@ from bench.vllm_server import SimulatedPod
 from xds.control import Control
 from xds.directory import DirectorySource
 from xds.envoy import PICKER_CLUSTER, Options
+from xds.exchange import Exchange
 from xds.kube import KubernetesSource
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
@@ -92,10 +93,11 @@ status: {{podIP: {ip}, conditions: [{{type: Ready, status: "True"}}]}}
 class Gateway:
     """What one test works with. Write objects into `config`, then await `settled()`."""
 
-    def __init__(self, scratch: Path, *, delta: bool, workers: int = 1) -> None:
+    def __init__(self, scratch: Path, *, delta: bool, workers: int = 1, told: bool = False) -> None:
         self.scratch = scratch
         self.delta = delta
         self.workers = workers  # of the picker
+        self.told = told  # Envoy says of each request, in its log and to the client, what became of it
         self.config = scratch / "config"
         self.source: KubernetesSource | None = None  # in place of the directory
         self.plain_port, self.llm_port, self.xds_port, self.picker_port, self.admin_port = (
@@ -145,10 +147,13 @@ class Gateway:
                 bind="127.0.0.1",
                 pickers=bootstrap.worker_addresses(self._picker_address, self.workers),
                 picker_timeout=2.0,
+                access_log=self.told,
+                debug_headers=self.told,
             ),
             in_flight=reports.in_flight,
         )
-        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=[reports.handler()])
+        beside = [reports.handler(), Exchange(self.metrics).handler()]
+        await self.server.start([f"127.0.0.1:{self.xds_port}"], beside=beside)
         configs = (self.source or DirectorySource(self.config)).configs()
         self._running = asyncio.create_task(self.control.run(configs))
         self._stack.push_async_callback(self.stop_server)
@@ -180,7 +185,8 @@ class Gateway:
         server, admin = f"127.0.0.1:{self.xds_port}", f"127.0.0.1:{admin_port}"
         text = bootstrap.render(server, node_cluster=node_cluster, admin=admin, delta=self.delta, tls_sds=tls_sds)
         path.write_text(edit(text))
-        envoy = Envoy(path, admin, self.scratch / f"envoy-{number}.log")
+        arguments = ("--concurrency", "1", "--file-flush-interval-msec", "50")  # an access log's lines wait for 10 s
+        envoy = Envoy(path, admin, self.scratch / f"envoy-{number}.log", arguments)
         await self._stack.enter_async_context(envoy)
         await envoy.ready(BOUND)
         return envoy

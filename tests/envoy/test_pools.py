@@ -1,5 +1,7 @@
 """What a pool's objects and annotations say of its requests, with the real Envoy: one gateway serves the whole module.
 
+What `vllm-xds explain` says of a request, and what Envoy says in its access log, is held against what becomes of it.
+
 Each test says which picker it wants: none, one `alone` that the management server tells nothing, or an `informed` one.
 In this order there are two starts.
 """
@@ -22,13 +24,18 @@ import pytest_asyncio
 from bench.envoy import free_port
 from bench.vllm_engine import EngineConfig
 from bench.vllm_server import SimulatedPod
+from picker.explain_ask import Running
+from picker.explain_main import document
 from picker.prefix import hint_hash
 from picker.prompt import read_prompt
 from tests.envoy.conftest import BOUND, Gateway
 from tests.envoy.recording_pod import Received, RecordingPod
+from xds import debug
 from xds.control import Control
 from xds.envoy import PICKER_CLUSTER
+from xds.match import Request
 from xds.snapshot import POOL_CONFIG
+from xds.status import serve_status
 from xds.wire import discovery_pb2
 from xds.wire.pool_config_pb2 import Costs, PoolConfig
 
@@ -236,6 +243,7 @@ class Pools:
     def __init__(self, gateway: Gateway, session: aiohttp.ClientSession, ports: dict[str, int]) -> None:
         self.gateway = gateway
         self.ports = ports
+        self.picker_status = f"127.0.0.1:{free_port()}"
         self._session = session
         self._picker = "none"
 
@@ -249,7 +257,11 @@ class Pools:
         self._picker = picker
         informed = picker == "informed"
         server = () if informed else ("--server", f"127.0.0.1:{free_port()}")
-        await self.gateway.start_picker(*server, until="server connected" if informed else "server unreachable")
+        await self.gateway.start_picker(
+            *server,
+            *("--metrics-address", self.picker_status),
+            until="server connected" if informed else "server unreachable",
+        )
         if informed:
             await self.gateway.settled(clients=2)
         async with asyncio.timeout(BOUND):  # it may be found healthy still, or again, and not be asked yet
@@ -329,6 +341,10 @@ class Pools:
         any_ = discovery_pb2.Any.FromString(snapshot.resources[POOL_CONFIG][PICKED].any)
         return PoolConfig.FromString(any_.value).costs
 
+    def access_log(self) -> list[dict[str, Any]]:
+        """Envoy's, so far."""
+        return [json.loads(line) for line in self.gateway.envoy.log.read_bytes().splitlines() if line.startswith(b"{")]
+
     async def balance_factor(self) -> int:
         """The one in Envoy's own copy of the picked pool's cluster."""
         dump = await self.gateway.envoy.get("/config_dump?resource=dynamic_active_clusters")
@@ -341,7 +357,7 @@ class Pools:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pools(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pools]:
-    gateway = Gateway(tmp_path_factory.mktemp("pools"), delta=True)
+    gateway = Gateway(tmp_path_factory.mktemp("pools"), delta=True, told=True)
     try:
         config = EngineConfig(max_num_seqs=4)
         await gateway.start_pods(3, config, partial(RecordingPod, adapters=("code", "chat", "sql"), keep_bodies=True))
@@ -632,3 +648,75 @@ async def test_requests_for_an_adapter_go_where_it_is_loaded(pools: Pools) -> No
         pools.forget_received()
     assert found == {pod.removeprefix("default/"): 3}
     assert len(others) > 1
+
+
+# --- explained --------------------------------------------------------------------------------------------------------
+
+LONG = "You are a careful assistant. " * 300  # four chunks
+SESSION = {"X-Session-Id": "s"}
+EXPLAINED: list[tuple[str, bytes, dict[str, str]]] = [  # in this order: what was sent before is remembered
+    ("picked", request(QWEN, LONG), {}),
+    ("picked", request(QWEN, LONG + "and on"), {}),
+    ("picked", request(QWEN, f"Another {LONG}"), {}),
+    ("by_model", request(QWEN, f"A third {LONG}"), {}),
+    ("picked", request(QWEN, "short"), SESSION),
+    ("picked", request(QWEN, "short, too"), SESSION),
+    ("by_model", request(QWEN, "short, too"), SESSION | {"x-session-id": "t"}),
+    ("picked", request(CODER, LONG), SESSION),
+    ("by_model", request(CODER, LONG), {}),
+    ("balanced", request(CODER), {}),
+    ("balanced", request("nope"), {}),
+    ("balanced", b"no JSON", {}),
+    ("picked", b"", {}),
+    ("by_model", request(""), {}),
+]
+
+
+async def test_explained_is_what_happens(pools: Pools) -> None:
+    """The route that Envoy takes, the pod it sends the request to, what it answers itself: `vllm-xds explain`, asking
+    the server and the picker just before, has said it; and the access log, and the headers of the answer, say it after.
+    """
+    await pools.use("informed")
+    gateway, seen = pools.gateway, Counter[str]()
+    posted = debug.posted(gateway.control)
+    async with serve_status("127.0.0.1", 0, gateway.metrics.registry, lambda: True, posted=posted) as status:
+        running = Running(f"127.0.0.1:{status}", pools.picker_status)
+        for number, (port, body, headers) in enumerate(EXPLAINED):
+            host = f"explained-{number}.test"
+            asked = Request("POST", host, PATH, tuple(headers.items()))
+            explained = await document(running, asked, pools.ports[port], body)
+            answer = await pools.ask(port, body, headers | {"Host": host})
+            route, picks = explained["route"], explained["picks"]
+            assert len(picks) == (len(route["clusters"]) if body else 0)
+            expected = {
+                "route": route["route"] or "no-match",
+                "picked": None,
+                "key": None,
+                "reason": None,
+                "refused": None,
+            }
+            for pick in picks:
+                seen[pick["reason"] if pick["equal"] <= 1 else "equal"] += 1
+                if pick["equal"] > 1 and answer.received:  # any of them
+                    pick["pod"] = f"default/{answer.received.pod}"
+                    pick["key"] = f"{pick['pod']}_0"
+                    assert pick["pod"] in {offer["pod"] for offer in pick["offers"][: pick["equal"]]}
+                expected |= {name: pick[name] for name in ("key", "reason")} | {"picked": pick["pod"]}
+                if pick["refused"]:
+                    expected |= {"route": pick["reason"], "refused": str(pick["refused"])}
+                    assert (answer.status, answer.received) == (pick["refused"], None)
+                if pick["pod"]:
+                    assert f"default/{answer.sent.pod}" == pick["pod"]
+                    assert json.loads(answer.sent.body)["model"] == pick["model"]
+            served = f"default/{answer.received.pod}" if answer.received else None
+            told = {name: answer.headers.get(f"x-vllm-{name}") for name in ("route", "reason", "picked", "pod")}
+            assert told == {name: expected[name] for name in ("route", "reason", "picked")} | {"pod": served}
+            async with asyncio.timeout(BOUND):
+                while not (lines := [line for line in pools.access_log() if line["host"] == host]):
+                    await gateway.envoy.get("/stats?format=json&filter=nothing")
+            line = lines[-1]
+            assert {name: line[name] for name in expected} == expected
+            assert (line["served"], line["status"], line["port"]) == (served, answer.status, pools.ports[port])
+            assert line["cluster"] == (route["clusters"][0]["name"] if served else None)
+    assert seen.keys() - {"equal"} == {"cost", "unpicked", "unknown-model"}, seen
+    assert seen["cost"] > seen["equal"]

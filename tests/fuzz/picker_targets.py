@@ -13,6 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
+from picker.exchange import Inbox
 from picker.loads import CONFIG, LOAD, Subscription
 from picker.memory import CHUNKS
 from picker.metrics import PickerMetrics
@@ -28,7 +29,7 @@ from tests.fuzz.engine import Target
 from tests.fuzz.mutate import BYTES, JSON, MESSAGE, decode, encode
 from tests.fuzz.script import dump, number, pure, steps, text, texts
 from xds.wire import discovery_pb2 as wire
-from xds.wire import pool_config_pb2
+from xds.wire import exchange_pb2, pool_config_pb2
 from xds.wire.load_pb2 import EndpointLoad
 from xds.wire.load_pb2 import PoolLoad as WirePoolLoad
 from xds.wire.pool_config_pb2 import PoolConfig as WirePoolConfig
@@ -159,7 +160,7 @@ def ext_proc(data: bytes) -> Iterable[Hashable]:
     assert answer.HasField("request_body")
     assert list(picker.read_at()) == [POOL, OTHER]
     told = MessageToDict(answer.dynamic_metadata).get("picker", {})
-    assert told.keys() <= {"key", "named", "refused", "model"}
+    assert told.keys() <= {"reason", "key", "pod", "named", "refused", "model"}
     key = str(told.get("key", ""))
     assert key.isascii()
     assert key.isprintable()
@@ -251,6 +252,36 @@ def loads(data: bytes) -> Iterable[Hashable]:
     return outcomes
 
 
+def _batch(**placed: Any) -> bytes:
+    one: Any = {"pool": POOL, "hash_key": "default/a", "requests": 2, "tokens": 900, "uncached": 400}
+    return exchange_pb2.Batch(placed=[one | placed]).SerializeToString()
+
+
+HEARD = tuple(
+    exchange_pb2.Heard(others=2, batches=batches).SerializeToString()
+    for batches in (
+        [_batch(prompts=[b"8 bytes." * 9, b""])],
+        [_batch(), _batch(pool="nobody's")],
+        [_batch(tokens=2**63)],
+    )
+)
+
+
+def exchange(data: bytes) -> Iterable[Hashable]:
+    """What other pickers tell: noted, lost or refused in words; no name grows anything, and there is still a pick."""
+    picker = loaded_picker()
+    try:
+        heard = Inbox(picker).hear(data, 1.0)
+    except DecodeError:
+        return ["none"]
+    assert bool(heard.refusal) is ("refused" in heard.lost)
+    assert len(heard.refusal) < 200
+    assert heard.requests >= 0
+    assert list(picker.read_at()) == [POOL, OTHER]
+    pick = check_pick(picker.pick(POOL, dump(CHAT), 1.5), picker, {f"default/{pod}" for pod in "abc"})
+    return [(pick, heard.requests.bit_length(), *sorted(heard.lost)), picker.chunks, heard.refusal[:9]]
+
+
 BUSY = {"running": 3, "kv_tokens": 4096, "kv_usage": 0.9}
 PICKS = dump(
     [
@@ -305,6 +336,7 @@ TARGETS = (
     Target("prompt", pure(prompt), SEED_BODIES, JSON, short=120),
     Target("models", pure(models), SEED_BODIES, JSON, short=120),
     Target("ext_proc", pure(ext_proc), PROCESSED, MESSAGE, short=60),
+    Target("exchange", pure(exchange), HEARD, MESSAGE, short=80),
     Target("loads", pure(loads), REPORTS, MESSAGE, short=80),
     Target("picks", pure(picks), (PICKS,), JSON, short=40),
 )

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from picker.memory import (
     EPOCH,
     GENERATIONS,
+    MAX_PEERS,
     ROWS,
+    SILENT,
     SIZE,
     TAG_BITS,
     TOKEN_BITS,
@@ -216,6 +218,20 @@ def test_two_processes_are_one() -> None:
     third.touch(prompt("abc", 5), 4.1)
     assert not other.report("10.0.0.1", START + 1, 1000, 4.2)
     assert one.longest_prefix(prompt("abc", 5)) == 5
+
+
+def test_others_are_heard_until_they_are_silent() -> None:
+    """By all processes; then it is still known how many they were. One word, whatever it is told."""
+    buffer = bytearray(SIZE)
+    one, other = Memory(buffer), Memory(buffer)
+    assert one.peers(0.0) == (0, 0)
+    one.note_peers(3, 10.0)
+    assert other.peers(10.0 + SILENT / 1000) == (3, 3)
+    assert other.peers(10.002 + SILENT / 1000) == (3, 0)
+    other.note_peers(MAX_PEERS + 5, 20.0)
+    assert one.peers(20.0) == (MAX_PEERS, MAX_PEERS)
+    one.note_peers(0, 21.0)
+    assert one.peers(99.0) == (0, 0)
 
 
 def test_what_was_sent_wraps() -> None:

@@ -11,6 +11,7 @@ from random import Random
 
 import grpc
 import pytest
+from google.protobuf.json_format import MessageToDict
 from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
@@ -18,10 +19,11 @@ from picker.listen import AddressError
 from picker.metrics import PickerMetrics
 from picker.pick import Pick, Picker, Reason
 from picker.server import FILTER, HEALTH, PROCESS, REQUEST, UNCHANGED, PickerServer, encode_answer
-from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest
+from picker.wire.ext_proc_pb2 import HttpBody, ProcessingRequest, ProcessingResponse
 
 POOL = "pool/default/qwen"
-PICKED = encode_answer(Pick("default/a_0", Reason.COST))
+PICKED = encode_answer(Pick("default/a_0", Reason.COST, POOL, "default/a"))
+UNREADABLE, UNKEYED = (encode_answer(Pick(None, reason)) for reason in (Reason.UNREADABLE, Reason.UNKEYED))
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -83,6 +85,25 @@ async def test_one_message_each_way() -> None:
         assert service.metric("pick_seconds_count") == 1
 
 
+@pytest.mark.parametrize(
+    ("pick", "told"),
+    [
+        (Pick("p_0", Reason.COST, POOL, "p"), {"reason": "cost", "key": "p_0", "pod": "p"}),
+        (Pick("ab", Reason.STATELESS, POOL, named=True), {"reason": "stateless", "key": "ab", "named": True}),
+        (
+            Pick(None, Reason.SHED, POOL, model="m" * 999, refused=429),
+            {"reason": "shed", "refused": "429", "model": "m" * 256},
+        ),
+        (Pick(None, Reason.UNKEYED), {"reason": "unkeyed"}),
+    ],
+)
+def test_what_envoy_is_told(pick: Pick, told: dict[str, object]) -> None:
+    """The metadata of each kind of answer: what is not there is not told, so that nothing of it is hashed or logged."""
+    answer = ProcessingResponse.FromString(encode_answer(pick))
+    assert MessageToDict(answer.dynamic_metadata) == {"picker": told}
+    assert not answer.request_body.HasField("response")
+
+
 async def test_an_unknown_cluster_and_no_attributes_at_all() -> None:
     """Both get the stateless key; the label of the count is not the caller's."""
     async with serving() as service:
@@ -98,17 +119,18 @@ async def test_the_session_header_is_a_hint() -> None:
     async with serving() as service:
         short = b'{"model":"m","prompt":"hi"}'
         answers = [await service.ask(request(short, "other", **told)) for told in ({}, {"session": ""})]
-        assert answers == [[UNCHANGED]] * 2
+        assert answers == [[UNKEYED]] * 2
         first = await service.ask(request(short, "other", session="s1"))
-        assert first not in ([UNCHANGED], await service.ask(request(short, "other", session="s2")))
+        assert first not in ([UNKEYED], await service.ask(request(short, "other", session="s2")))
         assert first == await service.ask(request(short, "other", session="s1", more="x"))
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"{}", b'{"messages":'])
 async def test_no_prompt_is_no_key(body: bytes) -> None:
-    """Answered at once and without metadata: Envoy must not wait, and must not hash a constant."""
+    """Answered at once and without a key: Envoy must not wait, and must not hash a constant."""
     async with serving() as service:
-        assert await service.ask(request(body)) == [UNCHANGED]
+        assert await service.ask(request(body)) == [UNREADABLE]
+        assert b"key" not in UNREADABLE
         assert service.metric("picks_total", pool=POOL, reason="unreadable") == 1
 
 

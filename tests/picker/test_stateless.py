@@ -29,6 +29,18 @@ def test_a_preamble_all_share_is_split_where_it_branches() -> None:
     assert hot.key(path("s1", "s2", "s3", 7, "tail"), 4, 20.0) == b"s1/s2/s3/7"
 
 
+def test_a_key_that_is_not_counted() -> None:
+    """It is the one the request would have, at every step of a walk that gets deeper, and asking changes nothing."""
+    hot, asked = HotPrefixes(), HotPrefixes()
+    for i in range(200):
+        walk, now = path("s1", "s2", i % 20, "tail"), i * 0.1
+        asked.key(path("s1", i), 4, now, counted=False)
+        expected = asked.key(walk, 4, now, counted=False)
+        assert asked.key(walk, 4, now) == hot.key(walk, 4, now) == expected
+    assert len(asked) == len(hot)
+    assert asked.key([], 4, 20.0, counted=False) is None
+
+
 def test_a_long_session_keeps_its_key() -> None:
     """One conversation that is most of the traffic grows each turn: no branch, so the key stays."""
     hot, turn, keys = HotPrefixes(), list[bytes](), set()

@@ -28,7 +28,7 @@ def test_requests() -> None:
         request_body=subset.request_body, metadata_context=subset.metadata_context, attributes=subset.attributes
     )
     full.protocol_config = None
-    assert ours.SerializeToString() == bytes(full)
+    assert ours.SerializeToString(deterministic=True) == bytes(full)
     assert v3.ProcessingRequest.parse(ours.SerializeToString()) == full
 
 
@@ -41,29 +41,29 @@ def test_headers_are_not_a_body() -> None:
 
 
 def test_responses() -> None:
-    """The answer is a present, empty BodyResponse, and the key in dynamic metadata or none at all."""
+    """The answer is a present, empty BodyResponse, and the key and its reason in dynamic metadata, or none at all."""
+    told = Struct(fields={"key": Value(string_value="default/a_0"), "reason": Value(string_value="cost")})
     full = v3.ProcessingResponse(
-        request_body=v3.BodyResponse(),
-        dynamic_metadata=Struct(
-            fields={"picker": Value(struct_value=Struct(fields={"key": Value(string_value="default/a_0")}))}
-        ),
+        request_body=v3.BodyResponse(), dynamic_metadata=Struct(fields={"picker": Value(struct_value=told)})
     )
     assert encode_answer(Pick("default/a_0", Reason.COST)) == bytes(full)
     assert v3.ProcessingResponse.parse(encode_answer(Pick("default/a_0", Reason.COST))) == full
     assert UNCHANGED == bytes(v3.ProcessingResponse(request_body=v3.BodyResponse())) == b"\x1a\x00"
-    assert ProcessingResponse.FromString(bytes(full)).SerializeToString() == bytes(full)
+    assert ProcessingResponse.FromString(bytes(full)).SerializeToString(deterministic=True) == bytes(full)
 
 
 def test_a_changed_body() -> None:
     """The body, and that the name was looked at; a refusal changes no body."""
     mutation = v3.BodyResponse(response=v3.CommonResponse(body_mutation=v3.BodyMutation(body=b"{}")))
-    told = Struct(fields={"picker": Value(struct_value=Struct(fields={"named": Value(bool_value=True)}))})
-    full = v3.ProcessingResponse(request_body=mutation, dynamic_metadata=told)
+    told = Struct(fields={"named": Value(bool_value=True), "reason": Value(string_value="unpicked")})
+    full = v3.ProcessingResponse(
+        request_body=mutation, dynamic_metadata=Struct(fields={"picker": Value(struct_value=told)})
+    )
     answer = encode_answer(Pick(None, Reason.UNPICKED, body=b"{}", named=True))
     assert v3.ProcessingResponse.parse(answer) == full
     assert v3.ProcessingResponse.parse(answer).to_dict() == full.to_dict()
     refusal = v3.ProcessingResponse.parse(encode_answer(Pick(None, Reason.SHED, model="m" * 999, refused=429)))
     assert refusal.to_dict() == {
         "requestBody": {},
-        "dynamicMetadata": {"picker": {"refused": "429", "model": "m" * 256}},
+        "dynamicMetadata": {"picker": {"reason": "shed", "refused": "429", "model": "m" * 256}},
     }

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 
 from picker.server import HEALTH, NOT_SERVING, SERVING
 from picker.worker import Settings
+from xds.status import MAX_POSTED
 
 BOUND = 40.0  # seconds for anything awaited here, far above what it takes
 
@@ -114,6 +116,34 @@ async def test_a_life(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []  # noqa: PTH208 - a folder in memory
 
 
+async def test_a_worker_explains(tmp_path: Path) -> None:
+    """Asked by way of the parent, as often as one likes, also at once, and after one was killed: the parent's page is
+    that of a picker alone, with the number of the worker that has answered."""
+    async with picker(tmp_path) as command, aiohttp.ClientSession() as http:
+        url = f"http://{(await command.event('workers started'))['metrics']}"
+        body = json.dumps({"model": "m", "prompt": "x" * 5000}).encode()
+        padded = body + b" " * (MAX_POSTED - len(body))
+        query = {"cluster": "pool/a/b", "session": "\n"}
+
+        async def ask(data: bytes, **told: str) -> tuple[int, Any]:
+            async with http.post(f"{url}/debug/pick", params=told, data=BytesIO(data)) as response:
+                return response.status, await (response.json() if response.status == 200 else response.text())
+
+        assert await ask(body, **query) == (404, "no such thing\n")  # none serves yet
+        while (await http.get(f"{url}/readyz")).status != 200:  # until both have reported
+            pass
+        for killed in (False, True):
+            if killed:
+                os.kill(command.children()[0], signal.SIGKILL)
+                await command.event("worker lost")
+            for status, explained in await asyncio.gather(*(ask(each, **query) for each in (body, padded, body))):
+                assert (status, explained["cluster"], explained["reason"]) == (200, "pool/a/b", "stateless")
+                assert (explained["prompt"]["bytes"], len(explained["prompt"]["chunks"])) == (5000, 2)
+                assert explained["prompt"]["hint"] == explained["key"]
+                assert explained["worker"] == int(killed)
+        assert await ask(body) == (400, "expected the query to name a cluster\n")
+
+
 async def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However it ended."""
     async with picker(tmp_path) as command:
@@ -150,7 +180,7 @@ async def test_too_few_ports(tmp_path: Path, listen: str) -> None:
 @pytest.mark.parametrize("tls", [None, ("c", "k", "a")])
 def test_settings_are_one_line(tls: tuple[str, str, str] | None) -> None:
     """What the parent writes is what the worker reads."""
-    settings = Settings("127.0.0.1:1", ("127.0.0.1:2", "unix:/run/\n"), 3, tls, "json", "info", 4)
+    settings = Settings("127.0.0.1:1", ("127.0.0.1:2", "unix:/run/\n"), 3, ("127.0.0.1:3",), 5, tls, "json", "info", 4)
     line = settings.encode()
     assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
     assert Settings.decode(line) == settings

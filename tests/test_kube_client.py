@@ -251,7 +251,7 @@ async def test_silence_ends(client: Client, odd: Odd) -> None:
 
 async def test_a_redirect_to_nowhere(client: Client, odd: Odd) -> None:
     """To a host whose name can be none, as to one that is not there, it is a fault like others."""
-    for host in ("x" * 70, "127.0.0.1:1", "a b", "[::"):
+    for host in ("x" * 70, "127.0.0.1:1", "a b", "[::", "127.0.0.1:1/\x17"):
         odd.status, odd.headers = 302, {"Location": f"http://{host}/"}
         failure = await client.get("/x", {}, LONG)
         assert isinstance(failure, Failure)

@@ -259,6 +259,24 @@ async def test_a_redirect_to_nowhere(client: Client, odd: Odd) -> None:
         assert [each.reason for each in await lines_of(client)] == ["Unreachable"]
 
 
+async def test_a_redirect_with_a_control_character(tmp_path: Path) -> None:
+    """The library fails to send such a request: a fault, for a write too."""
+
+    async def redirect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 302\nLocation:`\x17/9\n\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(redirect, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        path = kubeconfig(tmp_path / "config", f"http://127.0.0.1:{port}", token="t")
+        async with aclosing(await connect(str(path))) as client:
+            answers = [await client.get("/x", {}, LONG), await client.send("POST", "/x", {}, LONG)]
+            answers += await lines_of(client)
+    assert [each.reason for each in answers if isinstance(each, Failure)] == ["Unreachable"] * 3
+
+
 async def test_sizes_are_bounded(client: Client, odd: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page beyond MAX_BODY, and a line beyond aiohttp's buffer: 4 MiB, more than any object may have."""
     monkeypatch.setattr(kube_client, "MAX_BODY", 1000)

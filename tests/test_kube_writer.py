@@ -577,10 +577,13 @@ async def test_a_lease_that_is_given_back_is_taken_at_once(api: FakeApiServer, k
         assert two.writes() >= 1
 
 
-async def test_without_the_lease_nothing_is_written(api: FakeApiServer, kubeconfig: Path) -> None:
-    """Its API is refused to this user: it is said, and everything else goes on."""
+@pytest.mark.parametrize("verbs", [("get", "create"), ("create",)])
+async def test_without_the_lease_nothing_is_written(
+    verbs: tuple[str, ...], api: FakeApiServer, kubeconfig: Path
+) -> None:
+    """Its API is refused to this user: it is said once, also when only writing is; everything else goes on."""
     put(api, *WHOLE)
-    api.forbidden |= {("get", "leases"), ("create", "leases")}
+    api.forbidden |= {(verb, "leases") for verb in verbs}
     with capture_logs() as logs:
         async with replica(kubeconfig) as one:
             await eventually(lambda: api.requests.count("get leases") >= 3)

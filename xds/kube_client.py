@@ -39,8 +39,8 @@ _BAD_CONFIG = (
 )
 
 
-# What a request can end in. A UnicodeError: the library follows redirects, and the host's name of one was none.
-_FAULTS = (TimeoutError, aiohttp.ClientError, OSError, ConfigException, UnicodeError)
+# What a request can end in. A ValueError: the library follows redirects, and a name or a character of one was none.
+_FAULTS = (TimeoutError, aiohttp.ClientError, OSError, ConfigException, ValueError)
 
 
 class KubeError(Exception):
@@ -133,7 +133,7 @@ class Client:
                     return response
                 async with response:
                     answer = await _read(response, MAX_BODY)
-        except (TimeoutError, aiohttp.ClientError, OSError, ConfigException) as error:
+        except _FAULTS as error:
             return _fault(error)
         return answer if isinstance(answer, Failure) else _decode(answer)
 

@@ -70,6 +70,7 @@ class LeaseHolder:
         self._troubles = troubles
         self._changed = changed
         self._leading = False  # and said so
+        self._answered = False  # the last step was
         self._namespace, self._own_name = name
         self._path = f"{LEASES.path(name[0])}/{name[1]}"
         metrics.leader.set_function(self.leads)
@@ -98,6 +99,8 @@ class LeaseHolder:
             step = self._elector.next(clock(), datetime.now(UTC))
             match step:
                 case Wait(seconds):
+                    if self._answered:  # and there is no more to do: a Lease that can be read may still not be written
+                        self._troubles.tell("lease", None)
                     await asyncio.sleep(seconds)
                 case Read():
                     self._take(await self._client.get(self._path, {}, ANSWER), step)
@@ -126,16 +129,16 @@ class LeaseHolder:
     def _take(self, answer: object | Failure, step: Read | Write) -> None:
         now = clock()
         if isinstance(step, Read) and isinstance(answer, Failure) and answer.status == 404:
-            self._troubles.tell("lease", None)
             self._elector.found(None, now)
             return
         record = answer if isinstance(answer, Failure) else read_record(answer)
         if isinstance(record, Failure):
             if record.status != 409:  # another was faster
                 self._troubles.tell("lease", record)
+            self._answered = False
             self._elector.failed(now, record.retry_after)
             return
-        self._troubles.tell("lease", None)
+        self._answered = True
         if isinstance(step, Read):
             self._elector.found(record, now)
         else:

@@ -230,9 +230,9 @@ class Gateway:
         async with asyncio.timeout(BOUND):
             await self.server.wait_settled(clients)
 
-    async def until(self, true: Callable[[Control], bool]) -> None:
+    async def until(self, true: Callable[[Control], bool], bound: float = BOUND) -> None:
         """`true` holds for what is served, and Envoy has accepted it."""
-        async with asyncio.timeout(BOUND):
+        async with asyncio.timeout(bound):
             await self.control.wait_until(true)
             await self.server.wait_settled()
 

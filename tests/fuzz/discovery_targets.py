@@ -264,8 +264,8 @@ def answers(data: bytes) -> Iterable[Hashable]:
 
 
 TARGETS = (
-    Target("sotw", pure(lambda data: converse(data, delta=False)), CONVERSATIONS, JSON, short=60),
-    Target("delta", pure(lambda data: converse(data, delta=True)), CONVERSATIONS, JSON, short=60),
+    Target("sotw", pure(lambda data: converse(data, delta=False)), CONVERSATIONS, JSON, seconds_large=10, short=60),
+    Target("delta", pure(lambda data: converse(data, delta=True)), CONVERSATIONS, JSON, seconds_large=10, short=60),
     Target("requests", pure(requests), (MESSAGES,), MESSAGE, short=60),
     Target("answers", pure(answers), ANSWERS, JSON, short=60),
 )

@@ -196,6 +196,7 @@ async def test_a_server_that_goes_and_comes_back(join: Join, server: Server) -> 
     with capture_logs() as logs:
         one, two = await join(1, server.address), await join(2, server.address)
         await one.until(lambda: one.others == 1)
+        await two.until(lambda: two.others == 1)
         await server.stop()
         for member in (one, two):
             await member.failed()

@@ -13,7 +13,7 @@ KUBECTL_SHA256 := 65691ff77eb6fa44c908b77a1082c9f092c3b9733b5cefabec0d1104890e21
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint kubectl golden bench chaos fuzz wire lock
+.PHONY: help demo test lint kubectl golden bench simulate chaos fuzz wire lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
@@ -40,6 +40,9 @@ golden: $(READY) ## write tests/golden and bootstrap/envoy.yaml anew: read the d
 
 bench: $(READY) ## measure every figure of docs/benchmarks.md (about ten minutes)
 	@$(BIN)/python -m bench.figures
+
+simulate: $(READY) ## compare ways to choose a pod on simulated fleets, in virtual time (minutes; ARGS="--trace FILE")
+	@$(BIN)/python -m bench.simulate $(ARGS)
 
 chaos: $(READY) ## break each part under load, with the real Envoy, and measure what requests notice (five minutes)
 	@$(BIN)/python -m bench.chaos $(ARGS)

@@ -21,7 +21,7 @@ from bench.chaos_faults import COURSES, SHORT, Course, Scenario
 from bench.chaos_gateway import PODS, Gateway
 from bench.chaos_traffic import RATE, Outcome, Traffic
 from bench.load import percentile
-from bench.report import Table, machine
+from bench.report import Table, machine, put
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- written by python -m bench.chaos --write -->\n", "<!-- end -->\n"
@@ -198,8 +198,7 @@ def _added(result: Result, worst: float) -> str:
 
 def write(text: str, document: Path = DOCUMENT) -> None:
     """Put the tables into the document, in place of those between its two marks."""
-    head, _, rest = document.read_text().partition(BEGIN)
-    document.write_text(f"{head}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+    put(text, document, BEGIN, END)
 
 
 async def _run(*, short: bool) -> list[Result]:

@@ -54,6 +54,12 @@ def show(tables: Sequence[Table]) -> None:
         print(table, flush=True)
 
 
+def put(text: str, document: Path, begin: str, end: str) -> None:
+    """Write text into a document, in place of what is between two lines of it."""
+    head, _, rest = document.read_text().partition(begin)
+    document.write_text(f"{head}{begin}{text}{end}{rest.partition(end)[2]}")
+
+
 def cpu_seconds(*pids: int) -> float:
     """CPU time of processes since their start, in steps of 10 ms (proc_pid_stat(5): utime and stime)."""
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]

@@ -5,6 +5,7 @@
 
 A driver alternates `schedule(now)`, which builds a batch and says how long it takes, and `finish_step(now)` at that
 time, which hands out one token for each sequence of the batch whose prompt is computed. Nothing here knows real time.
+A driver in virtual time may ask for several steps at once, and get them where they are all alike.
 
 Rules kept from vLLM (vllm/v1/core/sched/scheduler.py):
 - Running sequences are served before waiting ones, and waiting ones first come, first served. When blocks run out the
@@ -103,6 +104,8 @@ class _Batch:
     complete: list[Sequence] = field(default_factory=list)  # get a token when it ends
     prefill_tokens: int = 0
     decodes: int = 0
+    steps: int = 1  # above 1: so many steps that only decode, one like the other
+    began: float = 0.0  # seconds
 
 
 class Engine:
@@ -163,16 +166,34 @@ class Engine:
         """Forget every cached block that no sequence holds (vLLM does nothing at all while one is held)."""
         self.cache.clear()
 
-    def schedule(self, now: float) -> float:
-        """Begin a step: how many seconds it takes, 0.0 when there is nothing to do."""
+    @property
+    def steps(self) -> int:
+        """How many steps `schedule` has begun at once."""
+        return self._batch.steps
+
+    def schedule(self, now: float, most: int = 1) -> float:
+        """Begin a step: how many seconds it takes, 0.0 when there is nothing to do.
+
+        With `most` above 1 up to so many steps at once, each of these seconds: as long as no prompt is computed, no
+        sequence ends and blocks suffice. Whoever submits or aborts meanwhile has to `cut` them before it.
+        """
         self._waiting.extend(self._input)
         self._input.clear()
-        self._batch = batch = _Batch()
-        budget = self.config.max_num_batched_tokens
+        self._batch = batch = _Batch(began=now)
+        budget, size, complete = self.config.max_num_batched_tokens, self.config.block_size, batch.complete
         index = 0
         while index < len(self._running) and budget:
             sequence = self._running[index]
-            tokens = min(sequence.length - sequence.computed, budget)
+            computed = sequence.computed
+            if sequence.generated and computed + 1 == sequence.length and 0 < computed % size < size - 1:
+                # Most of all sequences in most steps: one more token into a block that it has and does not fill.
+                sequence.computed = computed + 1
+                batch.decodes += 1
+                complete.append(sequence)
+                budget -= 1
+                index += 1
+                continue
+            tokens = min(sequence.length - computed, budget)
             if not self._allocate(sequence, tokens):
                 self._preempt()  # it may be `sequence` itself, which was the last one then
                 continue
@@ -183,13 +204,21 @@ class Engine:
         if not batch.prefill_tokens and not batch.decodes:
             return 0.0
         config = self.config
+        if most > 1 and not batch.prefill_tokens:
+            batch.steps = min(most, self._alike())
         seconds = config.step_base
         seconds += batch.prefill_tokens * config.step_per_prefill_token + batch.decodes * config.step_per_sequence
         return seconds / config.speed
 
+    def cut(self, steps: int) -> None:
+        """Let what `schedule` began be over after so many of its steps."""
+        self._batch.steps = min(self._batch.steps, steps)
+
     def finish_step(self, now: float) -> list[Sequence]:
-        """End the step that `schedule` began: the sequences that got a token, complete ones with `finished` set."""
+        """End what `schedule` began: the sequences that got a token, complete ones with `finished` set."""
         stats, batch = self.stats, self._batch
+        if batch.steps > 1:
+            self._repeat(now)
         self._batch = _Batch()
         produced = [sequence for sequence in batch.complete if not sequence.finished]
         steady = 0  # sequences whose last token came from the step before: all of them waited the same time
@@ -252,7 +281,7 @@ class Engine:
         return True
 
     def _compute(self, sequence: Sequence, tokens: int) -> None:
-        """Account for `tokens` more of a sequence in this step, and make the blocks they fill findable."""
+        """Account for `tokens` more of a sequence in this step."""
         batch = self._batch
         if sequence.generated and tokens == 1:
             batch.decodes += 1
@@ -261,11 +290,44 @@ class Engine:
         sequence.computed += tokens
         if sequence.computed == sequence.length:
             batch.complete.append(sequence)
+        self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the blocks that are full by now findable."""
         full = sequence.computed // self.config.block_size
         if full > sequence.published:
             filled = sequence.request.hashes[sequence.published : full]
             self.cache.publish(filled)
             sequence.published += len(filled)
+
+    def _alike(self) -> int:
+        """How many steps that only decode are alike: until a sequence ends, or one might find no block.
+
+        One that comes back from preemption, and so waited longer for its token, makes the first step another.
+        """
+        running = self._batch.complete
+        if any(sequence.last_token != self._batch.began for sequence in running):
+            return 1
+        ends = min(sequence.request.output_tokens - sequence.generated for sequence in running)
+        return min(ends, 1 + self.cache.free // len(running) * self.config.block_size)
+
+    def _repeat(self, now: float) -> None:
+        """All steps of the batch but its last."""
+        batch, stats = self._batch, self.stats
+        more = batch.steps - 1
+        seconds = (now - batch.began) / batch.steps
+        running = [sequence for sequence in batch.complete if not sequence.finished]
+        self._step_ended = now - seconds
+        for sequence in running:
+            self._allocate(sequence, more)  # `_alike` has said that it can
+            sequence.computed += more
+            sequence.length += more
+            sequence.generated += more
+            sequence.last_token = self._step_ended
+            self._publish(sequence)
+        stats.inter_token.observe(seconds, more * len(running))
+        stats.generation_tokens += more * len(running)
+        stats.step_tokens.observe(len(running), more)
 
     def _preempt(self) -> None:
         """Send the youngest running sequence back to the head of the queue, without its blocks."""

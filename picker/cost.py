@@ -2,16 +2,22 @@
 
 For a prompt of L tokens with chunk hashes h, each pod p costs
 
-    U = L - 512 * (longest prefix of h that p has seen), times (1 - PRIOR) on the key's primary pod; where p has seen
-        nothing of h, but the request's hint, the hint counts as one chunk
+    U = L - 512 * (longest prefix of h that p has seen), with several pickers times (1 - PRIOR) on the key's primary
+        pod; where p has seen nothing of h, but the request's hint, the hint counts as one chunk
     C = B + U * (1 + ETA * n) + CN * n + KAPPA * max(0, kv + U + output - 0.95 * capacity) + A
 
-B is p's virtual backlog: the U of every pick, leaking at 0.7 of p's prefill rate. n (requests) and kv (tokens) are what
-p's last metrics page said plus E times what is known to have been sent there since, E being the number of pickers over
-the number of those whose sends are known: this one and the ones it hears (picker/exchange.py). What those send is in n,
-kv, B and what p has seen as if this picker had sent it.
-Where Envoys report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there
-before any page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
+B is what p is taken to have still to prefill: the U of every pick, leaking at 0.7 of p's prefill rate, and for each
+request that waits there by p's last metrics page the usual U, the mean of this process's last picks. The rate that a
+page tells is several times too low on a busy pod, where prefills share steps and each lasts as long as all of them. So
+the rate is at least the one that is set, and what there is of more than DOUBT seconds leaks faster, the faster the more
+it is: of whatever is sent at a steady rate, B comes to rest, where a leak that is too slow would let it grow until
+nothing else counted.
+
+n (requests) and kv (tokens) are what p's last metrics page said plus E times what is known to have been sent there
+since, E being the number of pickers over the number of those whose sends are known: this one and the ones it hears
+(picker/exchange.py). What those send is in n, kv, B and what p has seen as if this picker had sent it. Where Envoys
+report what they have in flight to p, n is that with what was sent since, if it is more: a burst is there before any
+page shows it. The cheapest pod is picked; of equal ones the one with fewest requests, of those any.
 
 A is what a request for a LoRA adapter, a model that some pod of the pool has reported as one, has to wait for: nothing
 where the pod holds the adapter, a load where there is room, more where requests wait for the adapter already, most
@@ -19,7 +25,7 @@ where every place is taken by running ones. A pod holds what its last report sho
 `max_lora` adapters at most.
 
 What p has seen, B and what was sent are in a `Memory` (picker/memory.py): the worker processes of one picker share it,
-and so are one picker, not several. Which adapters p was sent last is each process's own.
+and so are one picker, not several. Which adapters p was sent last, and the usual U, are each process's own.
 
 A pod without a fresh report is taken to be as busy as the mean of the others: neither flooded nor starved for a
 metrics page that cannot be read. With no fresh report at all there is no cost pick.
@@ -30,24 +36,26 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import exp, inf, log
 
 from picker.memory import TOKEN_BITS, TOKENS, WRAP, Key, Memory, PodMemory, keys
 from picker.prefix import CHUNK_TOKENS
 
-ETA = 0.3  # a request's prefill shares its steps with each one running: more trades the tail for hits, less the reverse
+ETA = 0.15  # a prefill shares its steps with each request running: more trades the tail for hits, less the reverse
 CN = 100.0  # tokens: what a running request costs the next, however short its prompt
 KAPPA = 2.0  # tokens a token: beyond the KV cache a token preempts another, which is prefilled again
-PRIOR_ALONE = 0.2  # share of U waived on the primary: gathers new prefixes before anything has been seen
+PRIOR_ALONE = 0.0  # share of U waived on the primary: one picker knows where everything is
 PRIOR_MANY = 0.8  # the same where no other picker is heard: the primary is all they agree on; in between, in proportion
 OUTPUT = 200.0  # tokens: a usual answer; a client's max_tokens counts only when it is less, being mostly a mere ceiling
 LEAK = 0.7  # of the prefill rate: the rest of a pod's steps is decoding
-PREFILL_RATE = (
-    8000.0  # tokens/s until the pod's own is known: an 8B model on one datacentre GPU; a factor 2 costs 10-20 %
-)
+DOUBT = 5.0  # seconds of B: about as long as the longest prompts are prefilled; half or twice as much costs some 5 %
+MOST_BUSY = 300.0  # seconds that exp is given at most: 10^26 seconds' worth of tokens
+USUAL = 1000.0  # tokens: the usual U before any pick
+USUAL_SHARE = 0.03  # of a pick in it: about the last thirty
+PREFILL_RATE = 8000.0  # tokens/s, if a pod's page tells no more: a 32B model in fp8 on one datacentre GPU
 KV_USABLE = 0.95  # of the capacity: above it vLLM begins to preempt
 STALE = 10.0  # seconds: five scrape rounds; a report older than this says nothing of now
-HEARD_BACKLOG = 60.0  # seconds of B that other pickers' sends may come to: what a wrong one can cost ends with it
+HEARD_BACKLOG = 60.0  # seconds in which the B that other pickers' sends come to is gone: and with it a wrong one's cost
 # Tokens of prefill an adapter is worth; only their order and size matter, as vLLM says nothing of how long it takes.
 ADAPTER_LOAD = 400.0  # 50 ms at PREFILL_RATE: weights of some 100 MB from the host's memory, while the engine stands
 ADAPTER_WAITS = 1000.0  # others wait for it there: a place is being made, and it will be shared
@@ -199,22 +207,25 @@ class _Pod:
         requests, tokens = between >> TOKEN_BITS, between & TOKENS
         return before.after + (round(share * requests) << TOKEN_BITS) + round(share * tokens)
 
-    def busyness(self, pickers: float) -> tuple[float, float]:
-        """n and kv of the module's formula; `pickers` is E."""
+    def busyness(self, pickers: float) -> tuple[float, float, float]:
+        """n and kv of the module's formula, and how many requests wait; `pickers` is E."""
         since = (self.memory.sent - self._base) & WRAP
         n = self._reported_n + pickers * (since >> TOKEN_BITS)
         if self._in_flight is not None:
             in_flight, base = self._in_flight
             n = max(n, in_flight + pickers * ((self.memory.sent - base & WRAP) >> TOKEN_BITS))
-        return n, self._reported_kv + pickers * (since & TOKENS)
+        return n, self._reported_kv + pickers * (since & TOKENS), self.load.waiting
 
     def terms(
-        self, uncached: float, output: float, n: float, kv: float, now: float, costs: Costs, adapter: str
+        self, uncached: float, output: float, n: float, kv: float, queued: float, now: float, costs: Costs, adapter: str
     ) -> tuple[float, float, float, float, float]:
-        """What C of the module's formula is the sum of, in tokens; `adapter` "" for a model that is none."""
+        """What C of the module's formula is the sum of, in tokens; `adapter` "" for a model that is none.
+
+        `queued` is the part of B that waits.
+        """
         beyond = kv + uncached + output - KV_USABLE * self.load.kv_tokens
         return (
-            self.backlog(now, costs),
+            self.backlog(now, costs) + queued,
             uncached * (1.0 + ETA * n),
             costs.request_cost * n,
             KAPPA * beyond if beyond > 0.0 and self.load.kv_tokens else 0.0,
@@ -237,11 +248,19 @@ class _Pod:
             self._held.popitem(last=False)
 
     def _leak(self, costs: Costs) -> float:
-        return LEAK * (self.load.prefill_rate or costs.prefill_rate)  # tokens/s
+        return LEAK * max(self.load.prefill_rate, costs.prefill_rate)  # tokens/s
 
     def backlog(self, now: float, costs: Costs) -> float:
-        """B: prefill tokens sent here and, at the leak's rate, not yet done."""
-        return max(0.0, self.memory.busy_until - now) * self._leak(costs)
+        """Prefill tokens sent here and, as far as is known, not yet done: B without what waits."""
+        seconds = self.memory.busy_until - now
+        if seconds > DOUBT:
+            seconds = DOUBT * exp(min(seconds, MOST_BUSY) / DOUBT - 1.0)
+        return max(0.0, seconds) * self._leak(costs)
+
+    def _busy_until(self, backlog: float, now: float, costs: Costs) -> float:
+        """The time from which `backlog` gives back so many tokens."""
+        seconds = backlog / self._leak(costs)
+        return now + (DOUBT * (1.0 + log(seconds / DOUBT)) if seconds > DOUBT else seconds)
 
     def cached(self, chunks: Sequence[Key], hint: Sequence[Key], tokens: int) -> int:
         """How many of a prompt's tokens are probably in this pod's prefix cache.
@@ -260,7 +279,7 @@ class _Pod:
         The chunks that were not among the ones it was sent last.
         """
         memory = self.memory
-        memory.busy_until = max(memory.busy_until, now) + uncached / self._leak(costs)
+        memory.busy_until = self._busy_until(self.backlog(now, costs) + uncached, now, costs)
         before = memory.sent
         memory.send(int(uncached + output))
         self._looks.append(_Sent(now, before, memory.sent))
@@ -271,7 +290,7 @@ class _Pod:
     def hear(self, placed: Placed, now: float, costs: Costs) -> None:
         """Note what another picker has sent here."""
         memory = self.memory
-        until = max(memory.busy_until, now) + placed.uncached / self._leak(costs)
+        until = self._busy_until(self.backlog(now, costs) + placed.uncached, now, costs)
         memory.busy_until = max(memory.busy_until, min(until, now + HEARD_BACKLOG))
         memory.send(placed.tokens, placed.requests)
         for chunks in placed.prompts:
@@ -305,6 +324,7 @@ class Pool:
         self._tell = tell
         self._pods: dict[str, _Pod] = {}
         self._adapters: OrderedDict[str, None] = OrderedDict()  # every name a pod has reported as one
+        self._usual = USUAL
         self.costs = DEFAULT_COSTS
 
     def __len__(self) -> int:
@@ -370,7 +390,8 @@ class Pool:
         unheard = pickers - 1 - heard
         prior = PRIOR_ALONE + (PRIOR_MANY - PRIOR_ALONE) * unheard / (pickers - 1) if unheard else PRIOR_ALONE
         chunks, by_hint = keys(hashes), keys((hint,)) if hint is not None else []
-        mean = (sum(n for n, _ in fresh.values()) / len(fresh), 0.0)
+        mean_n, _, mean_waiting = (sum(column) / len(fresh) for column in zip(*fresh.values(), strict=True))
+        mean = (mean_n, 0.0, mean_waiting)
         costs = self.costs
         output = costs.output_tokens if max_tokens is None else min(costs.output_tokens, max_tokens)
         adapter = model if model in self._adapters else ""
@@ -381,8 +402,8 @@ class Pool:
             uncached: float = tokens - cached
             if name == primary:
                 uncached *= 1.0 - prior
-            n, kv = fresh.get(name, mean)
-            terms = pod.terms(uncached, output, n, kv, now, costs, adapter)
+            n, kv, waiting = fresh.get(name, mean)
+            terms = pod.terms(uncached, output, n, kv, waiting * self._usual, now, costs, adapter)
             backlog, prefill, requests, preempted, waits = terms
             cost = (backlog + prefill + requests + preempted + waits, n)
             if offers is not None:
@@ -394,6 +415,7 @@ class Pool:
                 best.append((name, pod, uncached))
         name, pod, uncached = best[int(self._random() * len(best))]
         if offers is None:
+            self._usual += USUAL_SHARE * (uncached - self._usual)
             written = pod.send([*by_hint, *chunks], adapter, uncached, output, now, costs)
             if heard and self._tell is not None:
                 self._tell(self._name, name, int(uncached + output), int(uncached), written)

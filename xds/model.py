@@ -404,7 +404,7 @@ class PoolSettings:
     # free; 200 costs up to 15 % of the time to first token near saturation.
     hash_balance_factor: int = 300
     output_tokens: int | None = None  # tokens of a usual answer
-    prefill_rate: int | None = None  # tokens/s of a pod whose own rate is not known yet
+    prefill_rate: int | None = None  # tokens/s a pod prefills at least
     request_cost: int | None = None  # tokens of prefill that a running request counts as
     shed_waiting: int | None = None  # requests waiting on each pod that saturate the pool
     shed_kv_usage: float | None = None  # 0..1, KV-cache use of each pod that saturates the pool

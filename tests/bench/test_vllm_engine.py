@@ -94,6 +94,71 @@ def test_whatever_arrives(arrivals: list[tuple[bytes, int, int, int]]) -> None:
     assert [first_scheduled[name] for name in arrived] == sorted(first_scheduled.values())
 
 
+def play(arrivals: list[tuple[bytes, int, int]], most: int) -> tuple[Engine, dict[str, tuple[float, float, int, int]]]:
+    """Requests (prompt, output tokens, ms of arrival) through an engine that is asked for `most` steps at once.
+
+    For each its first token's and its last token's time, hits and preemptions.
+    """
+    engine = Engine(SMALL)
+    coming = sorted(
+        (milliseconds / 1000, index, request(str(index), text, output))
+        for index, (text, output, milliseconds) in enumerate(arrivals)
+    )
+    done, now = {}, 0.0
+    while coming or engine.in_flight:
+        duration = engine.schedule(now, most)
+        if duration == 0.0:
+            now = max(now, coming[0][0])
+        began, ends = now, now + engine.steps * duration
+        while coming and coming[0][0] <= ends:
+            arrived, _, submitted = coming.pop(0)
+            engine.submit(submitted, arrived)
+            if duration:
+                engine.cut(int((arrived - began) / duration) + 1)
+                ends = began + engine.steps * duration
+        if duration == 0.0:
+            continue
+        now = ends
+        for sequence in engine.finish_step(now):
+            if sequence.finished:
+                times = (sequence.first_token, sequence.last_token)
+                done[sequence.request.request_id] = (*times, sequence.cached_tokens, sequence.preemptions)
+    return engine, done
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(PROMPTS, st.integers(1, 28), st.integers(0, 400)), min_size=1, max_size=8))
+def test_several_steps_at_once_are_the_same_steps(arrivals: list[tuple[bytes, int, int]]) -> None:
+    """Whatever arrives: the same times, hits and preemptions, and the same counters, as step by step."""
+    (one, expected), (other, found) = play(arrivals, 1), play(arrivals, 50)
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values)
+    for read in ("generation_tokens", "prefix_hits", "preemptions", "running", "waiting", "kv_usage"):
+        assert getattr(other.stats, read) == getattr(one.stats, read)
+    for histogram in ("inter_token", "first_token", "step_tokens", "e2e"):
+        assert getattr(other.stats, histogram).count == getattr(one.stats, histogram).count
+        assert getattr(other.stats, histogram).sum == pytest.approx(getattr(one.stats, histogram).sum)
+
+
+def test_steps_are_taken_at_once_only_while_alike() -> None:
+    """A step that computes a prompt is one; then as many as the shortest answer lasts, the blocks suffice, or asked."""
+    engine = Engine(ROOMY)
+    for name, output in (("short", 11), ("long", 40)):
+        engine.submit(request(name, tokens(8, name[:4].encode()), output), 0.0)
+    now, steps = 0.0, []
+    while (duration := engine.schedule(now, 15)) > 0:
+        steps.append(engine.steps)
+        now += engine.steps * duration
+        engine.finish_step(now)
+    assert steps == [1, 10, 15, 14]
+    tight = Engine(replace(SMALL, num_gpu_blocks=8))  # seven blocks; the prompts take four, and one each is left
+    for name in ("old", "young"):
+        tight.submit(request(name, tokens(8, name[:4].encode().ljust(4)), 20), 0.0)
+    tight.finish_step(tight.schedule(0.0, 50))
+    assert (tight.schedule(1.0, 50) > 0, tight.steps) == (True, 1)
+
+
 @settings(deadline=None)
 @given(PROMPTS, PROMPTS)
 def test_a_hit_is_exactly_the_shared_full_blocks(one: bytes, other: bytes) -> None:

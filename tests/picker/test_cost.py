@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from math import exp, log
 from random import Random
 from typing import Any
 
@@ -16,11 +17,14 @@ from picker.cost import (
     ADAPTER_WAITS,
     CN,
     DEFAULT_COSTS,
+    DOUBT,
     LEAK,
     MAX_ADAPTERS,
     PREFILL_RATE,
     STALE,
     UNKNOWN_CHUNKS,
+    USUAL,
+    USUAL_SHARE,
     Costs,
     PodLoad,
     Pool,
@@ -74,15 +78,16 @@ def test_an_overloaded_owner_loses() -> None:
 @pytest.mark.parametrize(
     ("other", "cheaper"),
     [
-        # what a has: 1 running, a prompt of 1,000 tokens -> C = 1000 * 1.3 + 100 = 1,400
-        ({"waiting": 1.0}, None),  # waiting counts as running does: a tie
+        # what a has: 1 running, a prompt of 1,000 tokens -> C = 1000 * 1.15 + 100 = 1,250
+        ({"running": 1.0}, None),  # a tie
+        ({"waiting": 1.0}, "a"),  # counts as running does, and has to be prefilled first
         ({"running": 2.0}, "a"),
         ({"running": 0.0}, "b"),
         ({"running": 0.0, "kv_usage": 0.95, "kv_tokens": 10_000}, "a"),  # all beyond: 1000 + 2 * 1200 = 3,400
         ({"running": 0.0, "kv_usage": 0.80, "kv_tokens": 10_000}, "b"),  # 8000 + 1200 fits into 9,500
         ({"running": 0.0, "kv_usage": 0.82, "kv_tokens": 10_000}, "b"),  # 8200 + 1200 fits just so
         ({"running": 0.0, "kv_usage": 0.86, "kv_tokens": 10_000}, "a"),  # 300 beyond: 1000 + 2 * 300 = 1,600
-        ({"running": 0.0, "kv_usage": 0.848, "kv_tokens": 10_000}, "b"),  # 180 beyond: 1,360
+        ({"running": 0.0, "kv_usage": 0.838, "kv_tokens": 10_000}, "b"),  # 80 beyond: 1,160
         ({"running": 0.0, "kv_usage": 1.0, "kv_tokens": 0}, "b"),  # capacity unknown: no penalty
     ],
 )
@@ -108,20 +113,72 @@ def test_a_pick_fills_the_cache_at_once() -> None:
     fleet = pool(
         *(replace(POD, hash_key=name, kv_usage=0.8, kv_tokens=10_000, running=n) for name, n in (("a", 0), ("b", 5)))
     )
-    # b costs 1000 * 2.5 + 500 = 3,000; a 1,000 at first, then 1000 + 1300 + 100, and 2 * 900 beyond its cache
+    # b costs 1000 * 1.75 + 500 = 2,250; a 1,000 at first, then 1000 + 1150 + 100, and 2 * 900 beyond its cache
     assert [send(fleet, [], tokens=1000) for _ in range(2)] == ["a", "b"]
 
 
 def test_the_backlog_leaks_at_the_prefill_rate() -> None:
-    """B is gone after tokens / (LEAK * rate) seconds; just before that it still counts."""
-    for rate, known in ((0.0, PREFILL_RATE), (2000.0, 2000.0)):
-        gone = 10_000 / (LEAK * known)
+    """B is gone after tokens / (LEAK * rate) seconds, and not before. The rate is at least the one that is set."""
+    for rate, used in ((0.0, PREFILL_RATE), (2000.0, PREFILL_RATE), (16_000.0, 16_000.0)):
+        gone = 10_000 / (LEAK * used)
         for after, expected in ((gone * 0.9, "b"), (gone * 1.01, "a")):
             loads = (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", prefill_rate=rate, running=10.0))
             fleet = pool(*loads)
             assert fleet.pick([], 10_000, None, None, 0.0) == "a"
             fleet.update(PoolLoad("p", (loads[0], replace(loads[1], running=1.0))), MANY, after)
             assert fleet.pick([], 1, None, None, after) == expected
+
+
+RATE = LEAK * POD.prefill_rate  # tokens/s
+
+
+@pytest.mark.parametrize(
+    ("after", "left"),
+    [
+        (0.0, 100_000.0),
+        (DOUBT, 100_000.0 * exp(-1.0)),
+        (DOUBT * log(100_000.0 / RATE / DOUBT), DOUBT * RATE),
+        (DOUBT * log(100_000.0 / RATE / DOUBT) + 1.0, (DOUBT - 1.0) * RATE),
+    ],
+)
+def test_a_long_backlog_is_doubted(after: float, left: float) -> None:
+    """All of it counts at once; what is beyond DOUBT seconds' worth is forgotten by its size, the rest at the rate."""
+    for share, picked in ((0.999, "b"), (1.001, "a")):
+        fleet = pool(POD, replace(POD, hash_key="b", running=1e6))
+        assert fleet.pick([], 100_000, 0, None, 0.0) == "a"
+        fleet.update(PoolLoad("p", (POD, replace(POD, hash_key="b", running=left * share / CN))), MANY, after)
+        assert fleet.pick([], 0, 0, None, after) == picked
+
+
+@pytest.mark.parametrize(
+    ("picks", "usual"), [(0, USUAL), (1, USUAL + USUAL_SHARE * (5000 - USUAL)), (1000, pytest.approx(5000))]
+)
+def test_what_waits_has_to_be_prefilled_first(picks: int, usual: Any) -> None:
+    """Each request that waits counts as a usual one: the mean of the last picks' tokens, before any USUAL."""
+    for share, picked in ((0.995, "b"), (1.005, "a")):
+        fleet = pool(POD)
+        for _ in range(picks):
+            fleet.pick([], 5000, 0, None, 0.0)
+        assert fleet._usual == usual
+        others = 2 * fleet._usual + 2 * CN
+        loads = (replace(POD, waiting=2.0), replace(POD, hash_key="b", running=others * share / CN))
+        fleet.update(PoolLoad("p", loads), MANY, 100.0)
+        assert fleet.pick([], 0, 0, None, 100.0) == picked
+
+
+def test_a_new_pod_is_not_flooded() -> None:
+    """However much more than their rate others were sent over an hour, one that joins gets a share like theirs."""
+    fleet = pool(*pods("abc", prefill_rate=0.0))
+    fleet.costs = Costs(prefill_rate=500.0)
+    now = 0.0
+    for _ in range(1800):
+        now += 2.0
+        fleet.update(PoolLoad("p", tuple(pods("abc", running=2.0, prefill_rate=0.0))), MANY, now)
+        for _ in range(3):
+            fleet.pick([], 5000, None, None, now)
+    fleet.update(PoolLoad("p", tuple(pods("abcd", running=2.0, prefill_rate=0.0))), MANY, now)
+    picks = Counter(fleet.pick([], 5000, None, None, now + i / 10) for i in range(20))
+    assert 5 <= picks["d"] <= 10
 
 
 def test_sends_the_report_does_not_know_are_kept() -> None:
@@ -144,14 +201,18 @@ def test_with_several_pickers_own_sends_count_for_all() -> None:
 
 
 def test_the_primary_is_preferred_not_obeyed() -> None:
-    """PRIOR waives a fifth of the tokens alone, four fifths among several: new prefixes start on their primary."""
-    for seed in range(10):
-        made = Pool(Random(seed).random)
-        made.update(PoolLoad("p", tuple(pods("abcd"))), MANY, 0.0)
-        assert send(made, path("x", 4), primary="c") == "c"
-    for pickers, picked in ((1, "b"), (3, "a")):
-        fleet = pool(replace(POD, running=2.0), replace(POD, hash_key="b"), pickers=pickers)
+    """PRIOR waives four fifths of the tokens among several pickers: new prefixes start on their primary."""
+    for running, picked in ((2.0, "a"), (30.0, "b")):
+        fleet = pool(replace(POD, running=running), replace(POD, hash_key="b"), pickers=3)
         assert send(fleet, [], tokens=1000, primary="a") == picked
+
+
+def test_one_picker_needs_no_primary() -> None:
+    """Alone it knows where everything is: the primary is as good as any other."""
+    picks = {Pool(Random(seed).random) for seed in range(20)}
+    for made in picks:
+        made.update(PoolLoad("p", tuple(pods("abcd"))), MANY, 0.0)
+    assert {send(made, path("x", 4), primary="c") for made in picks} == set("abcd")
 
 
 def test_a_removed_pod_is_never_picked() -> None:
@@ -229,6 +290,17 @@ def test_a_blind_pod_takes_a_mean_share() -> None:
     fleet = pool(*busy, replace(POD, hash_key="d", age=-1.0))
     picks = Counter(send(fleet, [], tokens=500) for _ in range(20))
     assert 3 <= picks["d"] <= 7
+
+
+def test_a_blind_pod_is_taken_to_have_a_mean_queue() -> None:
+    """It costs what the only other pod costs, where requests wait: either is picked, and not always the blind one."""
+    loads = PoolLoad("p", (replace(POD, waiting=2.0), replace(POD, hash_key="b", age=-1.0)))
+    picks = set()
+    for seed in range(20):
+        made = Pool(Random(seed).random)
+        made.update(loads, MANY, 0.0)
+        picks.add(made.pick([], 100, None, None, 0.0))
+    assert picks == {"a", "b"}
 
 
 def test_what_a_pod_has_seen_is_bounded_by_its_cache() -> None:
@@ -342,7 +414,7 @@ def test_adapters_known_are_bounded() -> None:
 @pytest.mark.parametrize(
     ("costs", "picked"),
     [
-        (Costs(), "b"),  # 1000 * 1.3 + 100 against 1000
+        (Costs(), "b"),  # 1000 * 1.15 + 100 against 1000
         (Costs(request_cost=0.0), "b"),
         (Costs(output_tokens=2000.0), "a"),  # 1000 beyond b's cache, at 2 each
         (Costs(prefill_rate=1e6), "b"),
@@ -363,11 +435,11 @@ def test_the_cost_of_a_running_request_can_be_set() -> None:
         assert fleet.pick([], 0, None, None, 0.0, None, model) == picked
 
 
-def test_the_prefill_rate_of_an_unknown_pod_can_be_set() -> None:
-    """Its backlog leaks at LEAK of it; a pod whose own rate is known does not follow."""
-    for rate, picked in ((0.0, "a"), (1000.0, "b")):
+def test_the_least_prefill_rate_can_be_set() -> None:
+    """A backlog leaks at LEAK of it, or of the pod's own rate where that is more."""
+    for rate, least, picked in ((0.0, 50_000, "a"), (1000.0, 50_000, "a"), (50_000.0, 1000, "a"), (1000.0, 1000, "b")):
         fleet = pool(replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))
-        fleet.costs = Costs(prefill_rate=50_000.0)
+        fleet.costs = Costs(prefill_rate=least)
         assert fleet.pick([], 7000, None, None, 0.0) == "a"
         fleet.update(
             PoolLoad("p", (replace(POD, prefill_rate=rate), replace(POD, hash_key="b", running=1.0))), MANY, 0.3

@@ -72,15 +72,17 @@ LONG = "a prompt of several chunks " * 400
 
 
 def test_what_one_sends_the_other_finds() -> None:
-    """The pod where the prompt is; without the exchange the other would have begun it elsewhere."""
+    """The pod where the prompt is, though a request runs there; without the exchange the other begins it elsewhere."""
     one, two, apart = Side(), Side(), Side()
     one.memory.note_peers(1, 1.0)
-    one.report(1.0, busy=9.0)
-    assert one.pick(LONG, 1.0) == A
+    loads = (PodLoad(A, kv_tokens=500_000, start_time=1.0, running=9.0), PodLoad(B, kv_tokens=500_000, start_time=1.0))
+    one.picker.update(PoolLoad(POOL, loads), 1.0)
+    assert one.pick(LONG, 1.0) == B
     assert two.hear(one.outbox.take()) == Heard(1, 1, {}, "")
-    two.report(2.0)
-    assert two.pick(LONG + "and more", 2.0) == A
-    assert apart.pick(LONG + "and more", 2.0) == B
+    for side in (two, apart):
+        side.report(2.0, busy=1.0)
+    assert two.pick(LONG + "and more", 2.0) == B
+    assert apart.pick(LONG + "and more", 2.0) == A
     assert one.outbox.take() == b""
 
 

@@ -102,7 +102,8 @@ def test_what_was_read() -> None:
     }
     assert (explained["model"], explained["renamed"], explained["known"]) == ("m", False, True)
     assert explained["stateless_key"] == explained["prompt"]["hint"]
-    assert explained["pod"] == explained["primary"]
+    assert explained["primary"] in {offer["pod"] for offer in explained["offers"]}
+    assert (explained["pod"], explained["equal"]) == ("default/a", 4)
     assert explain(picker(), POOL, completion("hi"), 0.0)["equal"] == 4
     assert json.loads(json.dumps(explained)) == explained
 

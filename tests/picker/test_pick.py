@@ -26,8 +26,8 @@ def report(name: str = POOL, names: str = "abcd") -> PoolLoad:
     return PoolLoad(name, tuple(PodLoad(f"default/{pod}", kv_tokens=500_000, start_time=1.0) for pod in names))
 
 
-def picker() -> Picker:
-    made = Picker(Random(1).random)
+def picker(pickers: int = 1) -> Picker:
+    made = Picker(Random(1).random, pickers)
     made.update(report(), 0.0)
     return made
 
@@ -46,8 +46,8 @@ def test_a_family_stays_on_one_pod() -> None:
 
 
 def test_a_new_prefix_starts_on_its_primary() -> None:
-    """The pod every picker agrees on, among the pods there are now."""
-    asked = picker()
+    """With several pickers: the pod they all agree on, among the pods there are now."""
+    asked = picker(3)
     for names in ("abcd", "efgh"):
         asked.update(report(names=names), 0.0)
         ring = Ring(f"default/{name}" for name in names)

@@ -81,16 +81,21 @@ class SyncServer:
 
 
 class _H2Protocol(asyncio.Protocol):
-    def __init__(self, methods: Mapping[str, Method]) -> None:
+    def __init__(self, methods: Mapping[str, Method], connections: dict[asyncio.Transport, asyncio.Event]) -> None:
         self._methods = methods
+        self._connections = connections
         self._connection = H2Connection(H2Configuration(client_side=False, header_encoding=None))
         self._calls: dict[int, tuple[Method, bytearray]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._connections[self._transport] = asyncio.Event()
         self._connection.initiate_connection()
         self._connection.increment_flow_control_window((1 << 31) - (1 << 16))
         self._transport.write(self._connection.data_to_send())
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._connections.pop(self._transport).set()
 
     def data_received(self, data: bytes) -> None:
         for event in self._connection.receive_data(data):
@@ -125,16 +130,24 @@ class H2Server:
 
     def __init__(self, methods: Mapping[str, Method], *_: object) -> None:
         self._methods = methods
+        self._connections: dict[asyncio.Transport, asyncio.Event] = {}  # that are open -> when one is not
 
     async def start(self, addresses: Sequence[str]) -> list[str]:
         for address in addresses:
             host, _, port = address.rpartition(":")
             loop = asyncio.get_running_loop()
-            self._server = await loop.create_server(lambda: _H2Protocol(self._methods), host, int(port))
+            self._server = await loop.create_server(
+                lambda: _H2Protocol(self._methods, self._connections), host, int(port)
+            )
         return list(addresses)
 
     async def stop(self, _grace: float) -> None:
         self._server.close()
+        closed = list(self._connections.values())
+        for transport in self._connections:
+            transport.abort()
+        for each in closed:
+            await each.wait()
 
 
 SERVERS: dict[str, type[AioServer | SyncServer | H2Server]] = {"aio": AioServer, "sync": SyncServer, "h2": H2Server}

@@ -108,12 +108,15 @@ class GrpcServer:
         self._sockets.clear()
         for connection in tuple(self.connections):
             connection.finish()
-        if self.connections and grace:
+        if self.connections:
             self._empty.clear()
+        if self.connections and grace:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), grace)
         for connection in tuple(self.connections):
             connection.abort()
+        if self.connections:
+            await self._empty.wait()  # what is aborted is closed in the loop's next turn
         if self._expiring is not None:
             self._expiring.cancel()
 

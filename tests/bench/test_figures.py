@@ -254,7 +254,8 @@ async def test_what_the_exchange_costs() -> None:
     (alone, told, _, noted, *_), two = table.rows
     assert (alone, float(told), noted) == ("1, 50", 0, "-")
     assert two[0] == "2, 200"
-    assert positive(two[1:])
+    assert positive(two[1:-1])
+    assert float(two[-1]) >= 0  # counted in ticks of 10 ms: of so short a time there may be none
     assert 30 < float(two[3]) < 130
 
 

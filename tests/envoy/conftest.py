@@ -236,6 +236,13 @@ class Gateway:
             await self.control.wait_until(true)
             await self.server.wait_settled()
 
+    async def start(self) -> None:
+        """Four pods, server and Envoy."""
+        await self.start_pods(4, EngineConfig(max_num_seqs=16))
+        self.write_objects()
+        await self.start_server()
+        await self.start_envoy()
+
     async def picking(self) -> None:
         """Envoy's health check has found the picker, and the picker has the pool's load."""
         await self.settled(clients=1 + self.workers)
@@ -293,10 +300,7 @@ async def gateway(tmp_path: Path, variant: str) -> AsyncIterator[Gateway]:
     """Pods, server and Envoy running, both ports answering; tests that want the picker start it."""
     gateway = Gateway(tmp_path, delta=variant == "delta")
     try:
-        await gateway.start_pods(4, EngineConfig(max_num_seqs=16))
-        gateway.write_objects()
-        await gateway.start_server()
-        await gateway.start_envoy()
+        await gateway.start()
         await gateway.settled()
         yield gateway
     finally:

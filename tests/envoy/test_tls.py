@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 
 import bootstrap
-from bench.vllm_engine import EngineConfig
 from tests.envoy.conftest import BOUND, INTERVAL, Gateway
 from tests.tls_files import Identity
 from xds.control import Control
@@ -72,10 +71,7 @@ async def gateway(tmp_path: Path) -> AsyncIterator[TlsGateway]:
     """All parts running."""
     gateway = TlsGateway(tmp_path)
     try:
-        await gateway.start_pods(4, EngineConfig(max_num_seqs=16))
-        gateway.write_objects()
-        await gateway.start_server()
-        await gateway.start_envoy()
+        await gateway.start()
         await gateway.start_picker()
         await gateway.picking()
         yield gateway

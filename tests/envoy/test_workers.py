@@ -11,7 +11,6 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from bench.vllm_engine import EngineConfig
 from tests.envoy.conftest import BOUND, Gateway
 from tests.envoy.test_gateway import LONG, Traffic
 
@@ -22,10 +21,7 @@ pytestmark = [pytest.mark.envoy, pytest.mark.timeout(90)]
 async def gateway(tmp_path: Path) -> AsyncIterator[Gateway]:
     gateway = Gateway(tmp_path, delta=True, workers=2)
     try:
-        await gateway.start_pods(4, EngineConfig(max_num_seqs=16))
-        gateway.write_objects()
-        await gateway.start_server()
-        await gateway.start_envoy()
+        await gateway.start()
         await gateway.start_picker()
         await gateway.picking()
         yield gateway

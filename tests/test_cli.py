@@ -31,6 +31,7 @@ from xds import serve as serve_command
 from xds.__main__ import COMMANDS, main
 from xds.kube_writer import Options as WriterOptions
 from xds.model import ObjectRef
+from xds.resolve import CONTROLLER_NAMES
 from xds.serve import MOST_FILES
 
 BOUND = 30.0  # seconds for anything awaited here, far above what it takes
@@ -355,6 +356,20 @@ def test_the_lease_of_a_pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen.service == ObjectRef("", "Service", "x", "envoy")
     namespace.unlink()
     assert options() is None
+
+
+def test_whose_classes_are_served() -> None:
+    """In a cluster ours alone unless another's are adopted; of a directory Envoy Gateway's too."""
+    parser = argparse.ArgumentParser()
+    serve_command.add_arguments(parser)
+    ours, other = CONTROLLER_NAMES
+    for argv, names in (
+        (("--kubernetes",), (ours,)),
+        (("--config", "."), (ours, other)),
+        (("--kubernetes", "--controller-name", ours, "--controller-name", other), (ours, other)),
+        (("--config", ".", "--controller-name", "a.io/b"), ("a.io/b",)),
+    ):
+        assert serve_command.controller_names(parser.parse_args(argv)) == names
 
 
 async def test_serve_without_a_kubeconfig_ends_with_a_sentence(tmp_path: Path) -> None:

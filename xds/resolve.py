@@ -55,8 +55,10 @@ from xds.model import (
 )
 from xds.models import pool_models
 
-# Controller names whose GatewayClasses are served: our own, and the one self-managed Envoys are usually declared with.
-CONTROLLER_NAMES = ("vllm-xds.dev/gateway-controller", "gateway.envoyproxy.io/gatewayclass-controller")
+# Controller names whose GatewayClasses are served of a directory: our own, and the one that self-managed Envoys are
+# usually declared with. In a cluster that one may be at work itself.
+CONTROLLER_NAME = "vllm-xds.dev/gateway-controller"
+CONTROLLER_NAMES = (CONTROLLER_NAME, "gateway.envoyproxy.io/gatewayclass-controller")
 
 MAX_GROUPS = 100  # groups of Envoys: some milliseconds of each change for each one
 # Routes of all virtual hosts together: a millisecond each to translate, kilobytes each in Envoy. A rule is there once

@@ -33,7 +33,7 @@ from xds.kube_writer import StatusWriter, observes
 from xds.load_reports import LoadReports
 from xds.metrics import Metrics
 from xds.model import CORE, ObjectRef
-from xds.resolve import CONTROLLER_NAMES
+from xds.resolve import CONTROLLER_NAME, CONTROLLER_NAMES
 from xds.scrape import INTERVAL, Scraper
 from xds.server import ManagementServer
 from xds.status import DEFAULT_ADDRESS, serve_status
@@ -160,7 +160,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--controller-name",
         metavar="NAME",
         action="append",
-        help=f"serve GatewayClasses of this controller, repeatable (default: {' and '.join(CONTROLLER_NAMES)})",
+        help="serve GatewayClasses of this controller, repeatable (default: "
+        f"{CONTROLLER_NAME}, and with --config {CONTROLLER_NAMES[1]} too)",
     )
     tls.add_arguments(parser)
     add_log_arguments(parser)
@@ -219,6 +220,11 @@ def _check(args: argparse.Namespace) -> tuple[Options, tls.TlsFiles | None]:
     return chosen, tls.chosen(args, args.listen)
 
 
+def controller_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """Whose GatewayClasses are served: in a cluster ours alone, for two controllers of one class undo each other."""
+    return tuple(args.controller_name or ((CONTROLLER_NAME,) if args.kubernetes else CONTROLLER_NAMES))
+
+
 def _check_kubernetes(args: argparse.Namespace) -> None:
     for name in ("kubeconfig", "context", "namespace", "gateway_address", "gateway_service", "lease", "no_status"):
         if getattr(args, name) and not args.kubernetes:
@@ -260,7 +266,7 @@ async def _serve(args: argparse.Namespace, served: Options, files: tls.TlsFiles 
         metrics,
         interval=args.scrape_interval,
         options=served,
-        controller_names=tuple(args.controller_name or CONTROLLER_NAMES),
+        controller_names=controller_names(args),
         in_flight=reports.in_flight,
     )
 
@@ -299,7 +305,7 @@ def writer_options(args: argparse.Namespace) -> WriterOptions | None:
     return WriterOptions(
         lease=tuple(lease.split("/")),
         identity=f"{socket.gethostname()}_{uuid.uuid4()}",
-        controllers=tuple(args.controller_name or CONTROLLER_NAMES),
+        controllers=controller_names(args),
         addresses=tuple(map(read_address, args.gateway_address or ())),
         service=service,
     )

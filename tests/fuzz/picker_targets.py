@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable, Iterable
+from itertools import islice
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -14,7 +15,7 @@ from structlog.testing import capture_logs
 
 from picker.cost import PodLoad, PoolLoad
 from picker.exchange import Inbox
-from picker.loads import CONFIG, LOAD, Subscription
+from picker.loads import CONFIG, LOAD, MAX_PODS, Subscription
 from picker.memory import CHUNKS
 from picker.metrics import PickerMetrics
 from picker.model_name import find_model
@@ -307,6 +308,7 @@ def _play(data: bytes) -> list[Pick]:
         match word, given:
             case "update", [str(name), dict(given_pods)]:
                 kept = {text(key): value for key, value in given_pods.items() if key and isinstance(value, dict)}
+                kept = dict(islice(kept.items(), MAX_PODS))
                 picker.update(PoolLoad(text(name), tuple(_pod(key, value) for key, value in kept.items())), now)
                 pods[text(name)] = set(kept)
             case "forget", [str(name)]:
@@ -338,5 +340,5 @@ TARGETS = (
     Target("ext_proc", pure(ext_proc), PROCESSED, MESSAGE, short=60),
     Target("exchange", pure(exchange), HEARD, MESSAGE, short=80),
     Target("loads", pure(loads), REPORTS, MESSAGE, short=80),
-    Target("picks", pure(picks), (PICKS,), JSON, short=40),
+    Target("picks", pure(picks), (PICKS,), JSON, seconds_large=10, short=40),
 )

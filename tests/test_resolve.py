@@ -827,6 +827,21 @@ def test_routes_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPa
     assert served(*objects) == whole
 
 
+def test_attachments_are_bounded_and_the_newest_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parentRef may reach each listener: what is beyond MAX_ATTACHED is named, what was before stays."""
+    times = [f"2025-01-0{day}T00:00:00Z" for day in (1, 2, 3)]
+    routes = [route(rule(), name=name, created=created) for name, created in zip("abc", times, strict=True)]
+    whole = served(gateway(), *routes)
+    monkeypatch.setattr("xds.attach.MAX_ATTACHED", 6)  # a listener and its hostname each
+    assert served(gateway(), *routes) == whole
+    monkeypatch.setattr("xds.attach.MAX_ATTACHED", 4)
+    topology = served(gateway(), *routes)
+    assert routed(topology) == {(8080, "*"): ["default/a/0/0", "default/b/0/0"]}
+    assert [(str(each.ref), each.reason, each.field) for each in topology.rejections] == [
+        ("HTTPRoute default/c", "TooManyRoutes", "spec.parentRefs[0]"),
+    ]
+
+
 def test_https_listeners_of_a_port_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each answers for the hostnames of all others, so their number counts squared; the last ones are left out."""
     listeners = [listener(name, 443, f"{name}.io", certificates=["cert"]) for name in "abcd"]

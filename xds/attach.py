@@ -35,6 +35,9 @@ from xds.model import (
     Secret,
 )
 
+# Listeners that routes attach to, and hostnames under which they do, of all routes: some 70 MB. A few megabytes of
+# objects can have hundreds of times as many: each parentRef of a route may reach each of a Gateway's listeners.
+MAX_ATTACHED = 1_000_000
 NAME_LABEL = "kubernetes.io/metadata.name"  # a label that every namespace has, told or not
 
 Owned = tuple[Gateway, Listener]
@@ -211,12 +214,24 @@ def attachments(config: Config, gateways: Iterable[Gateway], findings: Findings)
     ours = {gateway.meta.ref: gateway for gateway in gateways}
     known = {each.meta.ref for each in (*config.gateways, *(refused.object for refused in config.refused))}
     labels = {each.meta.ref.name: each.meta.labels for each in config.namespaces}
-    return [
-        attachment
-        for route in config.http_routes
-        for i, parent in enumerate(route.parents)
-        if (attachment := _attach(route, i, parent, ours, known, labels, findings))
-    ]
+    found: list[Attachment] = []
+    room = MAX_ATTACHED
+    for route in config.http_routes:
+        for i, parent in enumerate(route.parents):
+            gateway = ours.get(parent.ref)
+            if gateway is not None and room <= 0:
+                found.append(_no_room(route, i, parent, gateway, findings))
+            elif attachment := _attach(route, i, parent, ours, known, labels, findings):
+                room -= sum(1 + len(hosts) for _, hosts in attachment.listeners)
+                found.append(attachment)
+    return found
+
+
+def _no_room(route: HTTPRoute, index: int, parent: ParentRef, gateway: Gateway, findings: Findings) -> Attachment:
+    message = f"other routes attach to {MAX_ATTACHED} listeners and hostnames or more: this one is not attached"
+    rejection = findings.reject(route, "TooManyRoutes", message, f"spec.parentRefs[{index}]")
+    problem = Problem.of(ConditionType.ACCEPTED, rejection)
+    return Attachment(route, parent, gateway, findings.controllers[parent.ref], problem=problem)
 
 
 def _attach(

@@ -190,8 +190,8 @@ async def test_each_group_is_served_its_own(served: Served, connect: Any, peer: 
             await client.send(client.peer.subscribe(LISTENER))
             await client.send(client.peer.ack(await client.receive()))
             assert "".join(client.peer.held[LISTENER]) == names
-    async with asyncio.timeout(PATIENCE):
-        await served.server.wait_settled(clients=4)
+        async with asyncio.timeout(PATIENCE):
+            await served.server.wait_settled(clients=4)
     assert [view.group for view in served.server.clients()] == ["test", "envoy-2", "", "none"]
     (warning,) = [line for line in logs if line["event"] == "client without gateway"]
     assert (warning["node"], warning["cluster"], warning["groups"]) == (

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,7 +122,8 @@ def execute(
     names: Mapping[str, str], known: Mapping[str, float], model: str, jobs: int, seed: int, *, quick: bool
 ) -> tuple[dict[str, float], dict[Case, list[Result]]]:
     """Capacities that are not `known`, then all tasks, over `jobs` processes; results in the order of the tasks."""
-    with ProcessPoolExecutor(jobs) as pool:
+    # Not forked: gRPC's threads, where the caller has any, do not survive it, and a child may spin for ever.
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         searches = {
             pool.submit(find_capacity, name, trace, model, quick=quick): name
             for name, trace in names.items()
